@@ -1,0 +1,83 @@
+"""Runs a function on several gloo ranks: forked processes, a file store, no ports.
+
+    def check(rank, world_size):            # runs on every rank, inside an initialised process group
+        ...
+        return something_picklable
+
+    results = run_ranks(4, check)           # the list of what the ranks returned
+
+The first exception on any rank is raised here with that rank's traceback, and the others are killed.
+"""
+
+import multiprocessing as mp
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes  # noqa: F401  imported once here, or every child imports sympy: 17 s
+
+
+def _rank_main(rank: int, world_size: int, store: str, results: Any, fn: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            rank=rank,
+            world_size=world_size,
+            store=dist.FileStore(store, world_size),
+            timeout=timedelta(seconds=60),
+        )
+        out = fn(rank, world_size, *args)
+        results.put((rank, True, out))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 100.0) -> list[Any]:
+    """Returns `[fn(rank, world_size, *args) for rank in range(world_size)]`, each run on its own gloo rank."""
+    context = mp.get_context("fork")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked child cannot use the parent's OpenMP pool
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        results = context.SimpleQueue()
+        ranks = [
+            context.Process(target=_rank_main, args=(r, world_size, str(Path(folder) / "store"), results, fn, args))
+            for r in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            outputs: dict[int, Any] = {}
+            deadline = time.monotonic() + timeout
+            while len(outputs) < world_size:
+                if not results.empty():
+                    rank, ok, value = results.get()
+                    if not ok:
+                        raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
+                    outputs[rank] = value
+                elif time.monotonic() > deadline:
+                    missing = sorted(set(range(world_size)) - set(outputs))
+                    raise TimeoutError(f"ranks {missing} of {world_size} gave no result in {timeout:.0f} s")
+                elif dead := [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in outputs]:
+                    time.sleep(0.1)  # its traceback may still be in the pipe
+                    if results.empty():
+                        raise AssertionError(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}")
+                else:
+                    time.sleep(0.002)
+            return [outputs[r] for r in range(world_size)]
+        finally:
+            for process in ranks:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+            torch.set_num_threads(threads)
