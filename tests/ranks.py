@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.fx.experimental.symbolic_shapes  # noqa: F401  imported once here, or every child imports sympy: 17 s
 
+_FAILED = 86  # the exit code of a rank whose traceback was reported
+
 
 def _rank_main(rank: int, world_size: int, store: str, results: Any, fn: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
@@ -39,7 +41,14 @@ def _rank_main(rank: int, world_size: int, store: str, results: Any, fn: Callabl
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
-        raise SystemExit(1) from None
+        raise SystemExit(_FAILED) from None
+
+
+def _raise_if_dead(ranks: list) -> None:
+    """A rank that died without a traceback is the culprit; the errors of the others are its consequences."""
+    for rank, process in enumerate(ranks):
+        if process.exitcode not in (None, 0, _FAILED):
+            raise AssertionError(f"rank {rank} died with exit code {process.exitcode}")
 
 
 def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 100.0) -> list[Any]:
@@ -62,16 +71,14 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 100.0)
                 if not results.empty():
                     rank, ok, value = results.get()
                     if not ok:
+                        _raise_if_dead(ranks)
                         raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
                     outputs[rank] = value
                 elif time.monotonic() > deadline:
                     missing = sorted(set(range(world_size)) - set(outputs))
                     raise TimeoutError(f"ranks {missing} of {world_size} gave no result in {timeout:.0f} s")
-                elif dead := [r for r, p in enumerate(ranks) if p.exitcode not in (None, 0) and r not in outputs]:
-                    time.sleep(0.1)  # its traceback may still be in the pipe
-                    if results.empty():
-                        raise AssertionError(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}")
                 else:
+                    _raise_if_dead(ranks)
                     time.sleep(0.002)
             return [outputs[r] for r in range(world_size)]
         finally:
