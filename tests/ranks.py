@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.fx.experimental.symbolic_shapes  # noqa: F401  imported once here, or every child imports sympy: 17 s
+import torch.fx.experimental.symbolic_shapes  # imported once here, or every child imports sympy: 17 s
 
 _FAILED = 86  # the exit code of a rank whose traceback was reported
 

@@ -1,0 +1,134 @@
+"""The words of a pipeline: actions, slots, schedules - and the one rule that says what an action waits for.
+
+A *stage* is a contiguous piece of the model, a *microbatch* a piece of the batch. What a rank does to them is an `Action`,
+which prints and parses as ``2F0``: stage 2, forward, microbatch 0. The letters are those of torch.distributed.pipelining:
+
+    F   forward
+    B   full backward, B = I + W
+    I   input gradient                      (the zero-bubble paper calls our I "B" and our W "W")
+    W   weight gradient
+
+    SEND_F RECV_F   the output of a forward, from the rank of one stage to the rank of the next
+    SEND_B RECV_B   the gradient of a stage's input, from the rank of one stage to the rank of the one before
+
+A rank's *program* is a list of *slots*; a slot is a tuple of actions, nearly always of one. A slot of two is an overlapped
+pair: a forward of one microbatch laid over a backward (B or I) of another. A slot of communication actions is one batch of
+sends and receives, posted together; only `passes.lower` makes those.
+
+A `Schedule` is data: the programs and the placement. It owns no stages, knows no time, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Op(IntEnum):
+    F = 0
+    B = 1
+    I = 2
+    W = 3
+    SEND_F = 4
+    RECV_F = 5
+    SEND_B = 6
+    RECV_B = 7
+
+    def __str__(self) -> str:
+        return self.name
+
+
+COMPUTE_OPS = (Op.F, Op.B, Op.I, Op.W)
+_ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+
+
+class Action(NamedTuple):
+    """One operation `op` of stage `stage` on microbatch `mb`. For sends and receives `stage` is the stage on this rank."""
+
+    stage: int
+    op: Op
+    mb: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op.name}{self.mb}"
+
+    @staticmethod
+    def parse(text: str) -> Action:
+        """The inverse of `str`. Raises ValueError on anything that is not an action."""
+        match = _ACTION.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not an action: expected a stage, one of {'/'.join(Op.__members__)}, a microbatch, as in 2F0"
+            )
+        return Action(int(match[1]), Op[match[2]], int(match[3]))
+
+
+Slot = tuple[Action, ...]
+Program = list[Slot]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every rank computes, in order.
+
+    `placement` has one row a *route*; `placement[route][stage]` is the rank that runs `stage` for the microbatches of that
+    route. One-directional schedules have one route. DualPipe has two: the first half of the microbatches runs down the
+    ranks, the second half up, so that rank r holds stage r and stage PP-1-r. Microbatches are numbered over all routes, the
+    first route's first; with an uneven number the first routes get one more.
+    """
+
+    name: str
+    programs: list[Program]
+    placement: tuple[tuple[int, ...], ...]
+    num_microbatches: int
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.programs)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.placement[0])
+
+    @property
+    def num_routes(self) -> int:
+        return len(self.placement)
+
+    def route_of(self, mb: int) -> int:
+        """The route that microbatch `mb` takes."""
+        quotient, remainder = divmod(self.num_microbatches, self.num_routes)
+        in_longer = (quotient + 1) * remainder
+        return mb // (quotient + 1) if mb < in_longer else remainder + (mb - in_longer) // quotient
+
+    def rank_of(self, stage: int, mb: int) -> int:
+        """The rank that runs `stage` for microbatch `mb`."""
+        return self.placement[self.route_of(mb)][stage]
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that `rank` holds, over all routes, in ascending order."""
+        return tuple(sorted({s for route in self.placement for s, r in enumerate(route) if r == rank}))
+
+    @cached_property
+    def split_backwards(self) -> frozenset[tuple[int, int]]:
+        """The (stage, mb) whose backward is split into I and W."""
+        return frozenset((a.stage, a.mb) for program in self.programs for slot in program for a in slot if a.op is Op.I)
+
+
+def depends_on(action: Action, schedule: Schedule) -> tuple[Action, ...]:
+    """The actions whose results `action` needs. THE rule: all that checks, lowers, simulates or runs a schedule asks it.
+
+    F needs the F of the stage before; B and I need their own F and the B or I of the stage after; W needs its own I.
+    """
+    stage, op, mb = action
+    if op is Op.F:
+        return (Action(stage - 1, Op.F, mb),) if stage > 0 else ()
+    if op is Op.W:
+        return (Action(stage, Op.I, mb),)
+    own = Action(stage, Op.F, mb)
+    if stage == schedule.num_stages - 1:
+        return (own,)
+    after = Op.I if (stage + 1, mb) in schedule.split_backwards else Op.B
+    return own, Action(stage + 1, after, mb)
