@@ -1,0 +1,86 @@
+"""Wrong input ends in one line on stderr that says where, what, and what would be right - not in a stack trace.
+
+    @one_line_errors()                                     # what Hydra refuses: unknown options, wrong types
+    @hydra.main("pkg://conf", "simulate", version_base="1.3")
+    @one_line_errors()                                     # what our own checks refuse
+    def main(config: DictConfig) -> None: ...
+
+It stands twice because Hydra prints a line of its own for whatever escapes the inner function. An error that neither
+Hydra nor this repository raised on purpose is a bug and keeps its trace; HYDRA_FULL_ERROR=1 shows every trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+_ROOT = Path(__file__).resolve().parents[1]
+_OURS = {"conf", "infra", "launch", "model", "parallel"}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns an error about the input into one line on stderr and exit code 1; usable as a decorator."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    try:
+        yield
+    except Exception as error:
+        line = explain(error)
+        if line is None or before == "1":
+            raise
+        sys.exit(f"error: {line}")
+    finally:
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def explain(error: Exception) -> str | None:
+    """One line for an error about the input; None for an error nobody raised on purpose."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _one_line(_explain_option(error))
+    if isinstance(error, OSError) and error.filename is not None and _raised_here(error):
+        return _one_line(f"{error.filename}: {error.strerror}")
+    if isinstance(error, ValueError | ImportError) and _raised_here(error):
+        return _one_line(str(error))
+    return None
+
+
+def _explain_option(error: Exception) -> str:
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form option=value ({error.message.splitlines()[0]})"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return str(error)
+    option, complaint = str(cause.full_key), str(cause.msg or cause).splitlines()[0]
+    if isinstance(cause, AttributeError | KeyError):  # OmegaConf's errors for a key that is not there
+        known = [str(key) for key in cause.parent_node or ()]
+        *parents, key = option.split(".")
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"there are {', '.join(sorted(known))}"
+        return f"{option}: no such option; {hint}"
+    return f"{option}: {complaint}"
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the frame that raised `error` is this repository's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return False
+    path = Path(frame.tb_frame.f_code.co_filename)
+    return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,60 @@
+"""Wrong input: one line, with the place and what would be right. A bug: its trace."""
+
+import json
+import os
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from launch.errors import explain, one_line_errors
+
+ConfigStore.instance().store(
+    "errors_test", OmegaConf.structured({"parallel": {"schedule": "1f1b", "pp": 8}}, flags={"struct": True})
+)
+
+
+def refusal(*overrides: str) -> str:
+    with initialize_config_module("conf", version_base="1.3"), pytest.raises(Exception) as caught:  # noqa: PT011
+        compose("errors_test", overrides=list(overrides))
+    line = explain(caught.value)
+    assert line is not None
+    assert "\n" not in line
+    return line
+
+
+def test_a_misspelt_option_is_named_with_the_nearest_one() -> None:
+    assert refusal("parallel.scheduel=zb1p") == "parallel.scheduel: no such option; did you mean parallel.schedule?"
+
+
+def test_an_unknown_option_lists_what_there_is() -> None:
+    assert refusal("parallel.zzz=1") == "parallel.zzz: no such option; there are pp, schedule"
+
+
+def test_a_line_that_does_not_parse_is_shown() -> None:
+    assert refusal("parallel.pp=[").startswith("parallel.pp=[: not of the form option=value")
+
+
+def test_an_error_of_our_own_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from parallel.pipeline.actions import Action
+
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        Action.parse("2X0")
+    assert str(stop.value.code).startswith("error: '2X0' is not an action")
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_bug_keeps_its_trace() -> None:
+    for bug in (lambda: {}["missing"], lambda: json.loads("{"), lambda: [].index(3)):
+        with pytest.raises((KeyError, ValueError)), one_line_errors():
+            bug()
+
+
+def test_the_trace_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parallel.pipeline.actions import Action
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="not an action"), one_line_errors():
+        Action.parse("2X0")
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
