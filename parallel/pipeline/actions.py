@@ -1,7 +1,8 @@
 """The words of a pipeline: actions, slots, schedules - and the one rule that says what an action waits for.
 
-A *stage* is a contiguous piece of the model, a *microbatch* a piece of the batch. What a rank does to them is an `Action`,
-which prints and parses as ``2F0``: stage 2, forward, microbatch 0. The letters are those of torch.distributed.pipelining:
+A *stage* is a contiguous piece of the model, a *microbatch* a piece of the batch. What a rank does to them is an
+`Action`, which prints and parses as ``2F0``: stage 2, forward, microbatch 0. The letters are those of
+torch.distributed.pipelining:
 
     F   forward
     B   full backward, B = I + W
@@ -11,9 +12,9 @@ which prints and parses as ``2F0``: stage 2, forward, microbatch 0. The letters 
     SEND_F RECV_F   the output of a forward, from the rank of one stage to the rank of the next
     SEND_B RECV_B   the gradient of a stage's input, from the rank of one stage to the rank of the one before
 
-A rank's *program* is a list of *slots*; a slot is a tuple of actions, nearly always of one. A slot of two is an overlapped
-pair: a forward of one microbatch laid over a backward (B or I) of another. A slot of communication actions is one batch of
-sends and receives, posted together; only `passes.lower` makes those.
+A rank's *program* is a list of *slots*; a slot is a tuple of actions, nearly always of one. A slot of two is an
+overlapped pair: a forward of one microbatch laid over a backward (B or I) of another. A slot of communication actions
+is one batch of sends and receives, posted together; only `passes.lower` makes those.
 
 A `Schedule` is data: the programs and the placement. It owns no stages, knows no time, and imports no torch.
 """
@@ -46,7 +47,7 @@ _ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
 
 
 class Action(NamedTuple):
-    """One operation `op` of stage `stage` on microbatch `mb`. For sends and receives `stage` is the stage on this rank."""
+    """Operation `op` of stage `stage` on microbatch `mb`; for sends and receives, `stage` is the one on this rank."""
 
     stage: int
     op: Op
@@ -61,7 +62,7 @@ class Action(NamedTuple):
         match = _ACTION.fullmatch(text.strip())
         if match is None:
             raise ValueError(
-                f"{text!r} is not an action: expected a stage, one of {'/'.join(Op.__members__)}, a microbatch, as in 2F0"
+                f"{text!r} is not an action: expected stage, op ({' '.join(Op.__members__)}) and microbatch, as in 2F0"
             )
         return Action(int(match[1]), Op[match[2]], int(match[3]))
 
@@ -74,10 +75,10 @@ Program = list[Slot]
 class Schedule:
     """What every rank computes, in order.
 
-    `placement` has one row a *route*; `placement[route][stage]` is the rank that runs `stage` for the microbatches of that
-    route. One-directional schedules have one route. DualPipe has two: the first half of the microbatches runs down the
-    ranks, the second half up, so that rank r holds stage r and stage PP-1-r. Microbatches are numbered over all routes, the
-    first route's first; with an uneven number the first routes get one more.
+    `placement` has one row a *route*; `placement[route][stage]` is the rank that runs `stage` for the microbatches of
+    that route. One-directional schedules have one route. DualPipe has two: the first half of the microbatches runs
+    down the ranks, the second half up, so that rank r holds stage r and stage PP-1-r. Microbatches are numbered over
+    all routes, the first route's first; with an uneven number the first routes get one more.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Schedule:
 
 
 def depends_on(action: Action, schedule: Schedule) -> tuple[Action, ...]:
-    """The actions whose results `action` needs. THE rule: all that checks, lowers, simulates or runs a schedule asks it.
+    """The actions whose results `action` needs: THE rule, asked by all that checks, lowers, simulates or runs.
 
     F needs the F of the stage before; B and I need their own F and the B or I of the stage after; W needs its own I.
     """
