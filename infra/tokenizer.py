@@ -1,0 +1,138 @@
+"""Text to tokens and back: bytes by default, or a `tokenizers` JSON file, or a byte-pair encoding trained on the spot.
+
+Both kinds share four verbs (`encode`, `decode`, `to_json`, `identity`) and a table of special tokens. Every document
+ends with `eos`; the three `fim_*` tokens mark the parts of a fill-in-the-middle document. Text is always encoded as
+text: a document that *spells* `<|eos_token|>` does not get the special token. `identity` is a hash of the tokenizer's
+JSON, so two data sets with one identity agree on what every token means. [no torch]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+# What each special token is called: our own name first, then the names other published tokenizers use.
+SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
+    "bos": ("<|bos_token|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>", "<s>"),
+    "eos": ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>"),
+    "pad": ("<|pad_token|>", "<｜▁pad▁｜>", "<pad>"),
+    "fim_begin": ("<|fim_begin|>", "<｜fim▁begin｜>", "<|fim_prefix|>", "<fim_prefix>"),
+    "fim_hole": ("<|fim_hole|>", "<｜fim▁hole｜>", "<|fim_suffix|>", "<fim_suffix>"),
+    "fim_end": ("<|fim_end|>", "<｜fim▁end｜>", "<|fim_middle|>", "<fim_middle>"),
+}
+
+
+class Tokenizer(Protocol):
+    vocab_size: int  # rows the model's embedding needs
+    special: dict[str, int]  # a subset of SPECIAL_TOKENS' keys, always with "eos"
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def decode(self, tokens: Iterable[int]) -> str: ...
+    def to_json(self) -> str: ...
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte (ids 0 to 255), then the special tokens (256 to 261) and two spare ids that round to
+    264."""
+
+    vocab_size = 264
+    special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}  # noqa: RUF012
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        names = {i: SPECIAL_TOKENS[name][0].encode() for name, i in self.special.items()}
+        parts = (bytes([t]) if t < 256 else names.get(t, b"") for t in map(int, tokens))
+        return b"".join(parts).decode(errors="replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"type": "byte", "vocab_size": self.vocab_size, "special": self.special})
+
+
+class JsonTokenizer:
+    """A tokenizer in the JSON format of the `tokenizers` library. Raises ValueError if it has no end-of-document
+    token."""
+
+    def __init__(self, text: str, source: str = "the tokenizer"):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{source} is not a tokenizer of the `tokenizers` library: {error}") from None
+        self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._text = text
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        found = {name: [vocab[s] for s in spellings if s in vocab] for name, spellings in SPECIAL_TOKENS.items()}
+        self.special = {name: ids[0] for name, ids in found.items() if ids}
+        if "eos" not in self.special:
+            raise ValueError(f"{source} has no end-of-document token; add one of {' '.join(SPECIAL_TOKENS['eos'])}")
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        return self._text
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the tokenizer's JSON, in hexadecimal."""
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """`byte`, or the path of a JSON file. Raises ValueError with one line if the file is missing or is no tokenizer."""
+    if str(name_or_path) == "byte":
+        return ByteTokenizer()
+    path = Path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read the tokenizer {path} ({error}); give `byte` or a `tokenizers` JSON file"
+        ) from None
+    return tokenizer_from_json(text, str(path))
+
+
+def tokenizer_from_json(text: str, source: str = "the tokenizer") -> Tokenizer:
+    if text == ByteTokenizer().to_json():
+        return ByteTokenizer()
+    return JsonTokenizer(text, source)
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> JsonTokenizer:
+    """A byte-level byte-pair encoding of `vocab_size` tokens, special tokens included, learnt from `texts`."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = [spellings[0] for spellings in SPECIAL_TOKENS.values()]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"train_bpe.vocab_size={vocab_size} is too small; 256 bytes and special tokens need {smallest}"
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        # Digits alone, as published; then the usual split at words, which keeps punctuation and letters apart.
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return JsonTokenizer(tokenizer.to_str())
