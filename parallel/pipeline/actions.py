@@ -25,7 +25,10 @@ import re
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Op(IntEnum):
@@ -71,6 +74,19 @@ Slot = tuple[Action, ...]
 Program = list[Slot]
 
 
+class Columns(NamedTuple):
+    """Programs as integers, for what must be fast: R ranks, S slots, A actions, each in the order of the rank before
+    it.
+
+    Rank r has the slots rank_R1[r] to rank_R1[r + 1], slot s the actions slot_S1[s] to slot_S1[s + 1]; a row of
+    actions_A3 is stage, op, microbatch.
+    """
+
+    rank_R1: np.ndarray
+    slot_S1: np.ndarray
+    actions_A3: np.ndarray
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What every rank computes, in order.
@@ -113,9 +129,29 @@ class Schedule:
         return tuple(sorted({s for route in self.placement for s, r in enumerate(route) if r == rank}))
 
     @cached_property
+    def columns(self) -> Columns:
+        """The programs as arrays."""
+        slots = [slot for program in self.programs for slot in program]
+        return Columns(
+            rank_R1=np.array([0, *accumulate(map(len, self.programs))]),
+            slot_S1=np.array([0, *accumulate(map(len, slots))]),
+            actions_A3=np.fromiter(chain.from_iterable(chain.from_iterable(slots)), np.int64).reshape(-1, 3),
+        )
+
+    @cached_property
     def split_backwards(self) -> frozenset[tuple[int, int]]:
         """The (stage, mb) whose backward is split into I and W."""
         return frozenset((a.stage, a.mb) for program in self.programs for slot in program for a in slot if a.op is Op.I)
+
+
+# THE rule, as data: what an op needs is the op named here of the stage so many further down the model. B stands for the
+# backward of that stage: for its B, or for its I where it is split.
+NEEDS: dict[Op, tuple[tuple[int, Op], ...]] = {
+    Op.F: ((-1, Op.F),),
+    Op.B: ((0, Op.F), (1, Op.B)),
+    Op.I: ((0, Op.F), (1, Op.B)),
+    Op.W: ((0, Op.I),),
+}
 
 
 def depends_on(action: Action, schedule: Schedule) -> tuple[Action, ...]:
@@ -123,13 +159,10 @@ def depends_on(action: Action, schedule: Schedule) -> tuple[Action, ...]:
 
     F needs the F of the stage before; B and I need their own F and the B or I of the stage after; W needs its own I.
     """
-    stage, op, mb = action
-    if op is Op.F:
-        return (Action(stage - 1, Op.F, mb),) if stage > 0 else ()
-    if op is Op.W:
-        return (Action(stage, Op.I, mb),)
-    own = Action(stage, Op.F, mb)
-    if stage == schedule.num_stages - 1:
-        return (own,)
-    after = Op.I if (stage + 1, mb) in schedule.split_backwards else Op.B
-    return own, Action(stage + 1, after, mb)
+    result = []
+    for offset, op in NEEDS[action.op]:
+        stage = action.stage + offset
+        if 0 <= stage < schedule.num_stages:
+            split = op is Op.B and (stage, action.mb) in schedule.split_backwards
+            result.append(Action(stage, Op.I if split else op, action.mb))
+    return tuple(result)

@@ -43,7 +43,7 @@ class Span(NamedTuple):
 
 
 class Bubble(NamedTuple):
-    """Idle time of `rank`, by cause: warm-up, cool-down or waiting, for the result `waited_for` of `for_rank` if known."""
+    """Idle time of `rank`, by cause: warm-up, cool-down or waiting, for `waited_for` of `for_rank` if known."""
 
     rank: int
     start: float
