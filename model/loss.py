@@ -1,0 +1,78 @@
+"""Cross-entropy over a large vocabulary that never holds all logits at once.
+
+The head is part of the loss: it works through the tokens in chunks, turns each chunk's logits into their own gradient in
+place and multiplies that out right away, in the forward. What is kept for the backward is the gradient of the hidden states
+and of the head's weight, instead of T x V logits. The weight gradient goes through the head's `weight_grad` hole like any
+other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.linear import Linear, accumulate_or_return
+from model.norm import accumulation_dtype
+
+IGNORE = -100  # a label that has no loss
+LOGITS_PER_CHUNK = 1 << 24
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_TD, weight, labels_T, normaliser, weight_grad):
+        T, V = h_TD.shape[0], weight.shape[0]
+        dtype = accumulation_dtype(h_TD)
+        needs_dh, needs_dw = ctx.needs_input_grad[:2]
+        dh_TD = torch.empty_like(h_TD) if needs_dh else None
+        dw_VD = None
+        loss = h_TD.new_zeros((), dtype=dtype)
+        chunk = max(1, LOGITS_PER_CHUNK // V)
+        for start in range(0, T, chunk):
+            h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk, None]
+            counted = labels != IGNORE
+            index = labels.where(counted, 0)
+            logits = (h @ weight.t()).to(dtype)
+            lse = logits.logsumexp(-1, keepdim=True)
+            loss += (lse - logits.gather(1, index)).where(counted, 0).sum()
+            if needs_dh or needs_dw:
+                probs = logits.sub_(lse).exp_()
+                probs.scatter_add_(1, index, -torch.ones_like(lse))
+                dlogits = probs.mul_(counted / normaliser).to(h.dtype)
+                if dh_TD is not None:
+                    torch.mm(dlogits, weight, out=dh_TD[start : start + chunk])
+                if needs_dw:
+                    part = dlogits.t() @ h
+                    if dw_VD is None:
+                        dw_VD = part if chunk >= T else part.to(dtype)
+                    else:
+                        dw_VD += part
+        ctx.save_for_backward(dh_TD, dw_VD)
+        ctx.weight, ctx.weight_grad = weight, weight_grad
+        return loss / normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        (dh_TD, dw_VD), weight = ctx.saved_tensors, ctx.weight
+        dh_TD = None if dh_TD is None else dh_TD * dloss
+        if dw_VD is None:
+            return dh_TD, None, None, None, None
+
+        def compute() -> Tensor | None:
+            return accumulate_or_return(
+                weight, (dw_VD * dloss).to(weight.dtype if not hasattr(weight, "main_grad") else dw_VD.dtype)
+            )
+
+        return dh_TD, ctx.weight_grad(weight, compute), None, None, None
+
+
+def cross_entropy(h_TD: Tensor, head: Linear, labels_T: Tensor, normaliser: float) -> Tensor:
+    """Sum over tokens of -log softmax(head(h))[label], divided by `normaliser`; labels of -100 do not count.
+
+    Args:
+        h_TD: normed hidden states; labels_T: int64; normaliser: tokens of the whole global batch, so that microbatches add up.
+    Returns: a scalar in float32 (float64 of float64), nats.
+    """
+    return _CrossEntropy.apply(h_TD, head.weight, labels_T, normaliser, head.weight_grad)
