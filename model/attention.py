@@ -1,13 +1,15 @@
 """Multi-head latent attention: keys and values are expanded from one small latent per token, and only that is cached.
 
-Down: c_kv = W_DKV h (512 numbers) and, beside it, one rotary key of 64 shared by all heads; queries are compressed too.
-Up: each head's key (without position), value and query come from the latents. A head's query and key are the position-free
-part and the rotary part side by side. V2 paper, section 2.1; V3 report, section 2.1.1, equations 1 to 11.
+Down: c_kv = W_DKV h (512 numbers) and, beside it, one rotary key of 64 shared by all heads; queries are compressed
+too. Up: each head's key (without position), value and query come from the latents. A head's query and key are the
+position-free part and the rotary part side by side. V2 paper, section 2.1; V3 report, section 2.1.1, equations 1 to
+11.
 
-The rotary part is decoupled because only then can W_UK be absorbed into the query (and W_UV into the output): a decoder then
-attends to the cached latents directly and never expands them. `decode` is that absorbed form.
+The rotary part is decoupled because only then can W_UK be absorbed into the query (and W_UV into the output): a
+decoder then attends to the cached latents directly and never expands them. `decode` is that absorbed form.
 
-Shapes: B batch, L length, S cached length, N heads, H = qk_nope + qk_rope head dim, V value head dim, C latent, R rotary dim.
+Shapes: B batch, L length, S cached length, N heads, H = qk_nope + qk_rope head dim, V value head dim, C latent, R
+rotary dim.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each of the dim / 2 pairs, float32; slow pairs are stretched by YaRN (arXiv 2309.00071)."""
+    """Radians per position of each of the dim / 2 pairs, float32; YaRN (arXiv 2309.00071) stretches the slow pairs."""
     wavelength = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if scaling is None:
         return 1.0 / wavelength
@@ -52,7 +54,7 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Ten
 def rope_table(
     dim: int, theta: float, scaling: RopeScaling | None, length: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and pair, each (length, dim / 2). Angles are float32, as the published code has them."""
+    """cos and sin of every position and pair, (length, dim / 2) each. Angles are float32, as in the published code."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32), rope_frequencies(dim, theta, scaling))
     amplitude = 1.0
     if scaling is not None:

@@ -1,9 +1,10 @@
 """One layer of the model, in named phases.
 
-A MoE block's forward is the plain composition `attend -> dispatch -> experts -> combine`; a pipeline may cut the graph
-between phases and lay two microbatches' phases over each other, so that rows travel while the other microbatch computes.
-Nothing is kept between phases but what they hand on, and nothing is counted on the side: loads and balance losses are
-outputs, so computing a block twice counts nothing twice. A dense block has no communication and is one phase.
+A MoE block's forward is the plain composition `attend -> dispatch -> experts -> combine`; a pipeline may cut the
+graph between phases and lay two microbatches' phases over each other, so that rows travel while the other microbatch
+computes. Nothing is kept between phases but what they hand on, and nothing is counted on the side: loads and balance
+losses are outputs, so computing a block twice counts nothing twice. A dense block has no communication and is one
+phase.
 
 Shapes: B batch, L length, T = B L tokens, D model, K experts per token, R rows received here, E experts.
 """
@@ -47,7 +48,7 @@ class Block(nn.Module):
         super().__init__()
         self.is_moe = is_moe
         self.self_attn = MLA(config)
-        self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp: Any = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,7 +1,7 @@
 """What a model is, as numbers: the keys of the published config.json, and the arithmetic that follows from them.
 
-`ModelConfig` carries DeepSeek's own spelling, so a downloaded config.json and a line of ours say the same thing. From it
-follow, without building anything: how many parameters each part has, how many of them a token activates, how many
+`ModelConfig` carries DeepSeek's own spelling, so a downloaded config.json and a line of ours say the same thing. From
+it follow, without building anything: how many parameters each part has, how many of them a token activates, how many
 floating-point operations a token of training costs, and how many bytes of cache a token of inference keeps.
 
 A FLOP count follows the convention that reproduces the published 250 GFLOP per token (ISCA paper, Table 2): six per
@@ -108,9 +108,9 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         positive = (
-            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads kv_lora_rank "
-            "qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts num_experts_per_tok n_group "
-            "topk_group max_position_embeddings"
+            "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
+            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
+            "num_experts_per_tok n_group topk_group max_position_embeddings"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
@@ -132,10 +132,10 @@ class ModelConfig:
                 f"model.num_key_value_heads is {self.num_key_value_heads} but model.num_attention_heads is "
                 f"{self.num_attention_heads}; latent attention gives each head its own key: make them equal"
             )
-        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+        if not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
             raise ValueError(
                 f"model.first_k_dense_replace is {self.first_k_dense_replace} but model.num_hidden_layers is "
-                f"{self.num_hidden_layers}; make it at most {self.num_hidden_layers}"
+                f"{self.num_hidden_layers}; one layer at least has experts: lower it to {self.num_hidden_layers - 1}"
             )
 
     def _check_routing(self) -> None:
@@ -155,8 +155,8 @@ class ModelConfig:
         reachable = experts // groups * top_groups
         if top_k > reachable:
             raise ValueError(
-                f"model.num_experts_per_tok {top_k} exceeds the {reachable} experts of model.topk_group {top_groups} groups "
-                f"of {experts // groups}; lower it to {reachable}, or raise topk_group"
+                f"model.num_experts_per_tok {top_k} exceeds the {reachable} experts of model.topk_group {top_groups} "
+                f"groups of {experts // groups}; lower it to {reachable}, or raise topk_group"
             )
         if self.scoring_func not in SCORING_FUNCS:
             raise ValueError(f"model.scoring_func is '{self.scoring_func}'; known: {', '.join(SCORING_FUNCS)}")
@@ -271,7 +271,7 @@ class ModelConfig:
         return sum(part.num_activated_params for name, part in self.parts().items() if name != "mtp")
 
     def flops_per_token(self, causal: bool, sequence_length: int = 4096) -> int:
-        """Training FLOPs per token of the main model (see the top of this module); `causal` counts half the attention."""
+        """Training FLOPs per token of the main model (see above); `causal` counts half of the attention."""
         parts = {name: part for name, part in self.parts(sequence_length).items() if name != "mtp"}
         return sum(part.flops_per_token_causal if causal else part.flops_per_token for part in parts.values())
 

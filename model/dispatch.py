@@ -1,8 +1,8 @@
-"""How tokens reach their experts: the two verbs every dispatcher has, and the local dispatcher, for whom to dispatch is to sort.
+"""How tokens reach their experts: the two verbs of a dispatcher, and the local one, for whom to dispatch is to sort.
 
-With all experts here, each token's row is copied once per chosen expert and the copies are sorted by expert; combine adds a token's copies up
-again. The two are each other's backward: the gradient of a gather is the sum over copies, the gradient of that sum is the
-gather - which is why expert parallelism needs two verbs only.
+With all experts here, each token's row is copied once per chosen expert and the copies are sorted by expert; combine
+adds a token's copies up again. The two are each other's backward: the gradient of a gather is the sum over copies,
+the gradient of that sum is the gather - which is why expert parallelism needs two verbs only.
 
 Shapes: T tokens, K experts per token, R = T K rows, D model, E experts.
 """
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Routed(NamedTuple):
-    """What a dispatch delivers: the rows for the experts here, sorted by expert, and what combine needs to bring them back."""
+    """What a dispatch delivers: the rows for the experts here, sorted by expert, and combine's way back."""
 
     x_RD: Tensor
     weights_R: Tensor
@@ -26,7 +26,7 @@ class Routed(NamedTuple):
 
 
 class TokenDispatcher(Protocol):
-    """Takes tokens to their experts and the experts' outputs back. Both verbs are differentiable, each the other's backward."""
+    """Takes tokens to their experts and outputs back. Both verbs are differentiable, each the other's backward."""
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, topk_weights_TK: Tensor) -> Routed:
         """Sends a copy of each token to each of its experts."""

@@ -1,13 +1,14 @@
 """Matrix multiplications whose weight gradient can wait.
 
-A backward is two computations: the input gradient, which the stage before is waiting for, and the weight gradient, which
-nobody waits for until the optimizer steps. Zero-bubble schedules run the second later. So the layers here compute the input
-gradient at once and offer the weight gradient to a hole, `weight_grad(param, compute)`; whoever fills the hole decides when
-`compute()` runs. Unfilled, it runs at once.
+A backward is two computations: the input gradient, which the stage before is waiting for, and the weight gradient,
+which nobody waits for until the optimizer steps. Zero-bubble schedules run the second later. So the layers here
+compute the input gradient at once and offer the weight gradient to a hole, `weight_grad(param, compute)`; whoever
+fills the hole decides when `compute()` runs. Unfilled, it runs at once.
 
-`compute()` adds the gradient to `param.main_grad` where the parameter has one (a tensor of its shape, FP32 or wider: V3
-accumulates gradients in FP32, report section 3.3.3) and returns None; otherwise it returns the gradient, which autograd then
-puts into `.grad` as ever. A deferred closure keeps the layer's input and output gradient, and nothing else.
+`compute()` adds the gradient to `param.main_grad` where the parameter has one (a tensor of its shape, FP32 or wider:
+V3 accumulates gradients in FP32, report section 3.3.3) and returns None; otherwise it returns the gradient, which
+autograd then puts into `.grad` as ever. A deferred closure keeps the layer's input and output gradient, and nothing
+else.
 
 Shapes: T tokens, R rows received by the experts here, E experts here, K input features, N output features.
 """
@@ -66,7 +67,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """y = x W^T, no bias. `weight` is (out_features, in_features); its initial values are `init_parameter_`'s affair."""
+    """y = x W^T, no bias. `weight` is (out_features, in_features); `init_parameter_` gives its first values."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor
 def grouped_outer(
     dy_RN: Tensor, x_RK: Tensor, num_tokens_per_expert_E: Tensor, into_ENK: Tensor | None = None
 ) -> Tensor:
-    """dy_e^T x_e for every expert e: (E, N, K), zeros for an expert without rows; or added to `into_ENK`, in its dtype."""
+    """dy_e^T x_e of every expert e, zeros for one without rows: (E, N, K); or that added to `into_ENK`."""
     if _is_grouped_mm_faster(x_RK) and x_RK.shape[0]:
         grad_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(num_tokens_per_expert_E))
         return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)

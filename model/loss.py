@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary that never holds all logits at once.
 
-The head is part of the loss: it works through the tokens in chunks, turns each chunk's logits into their own gradient in
-place and multiplies that out right away, in the forward. What is kept for the backward is the gradient of the hidden states
-and of the head's weight, instead of T x V logits. The weight gradient goes through the head's `weight_grad` hole like any
-other.
+The head is part of the loss: it works through the tokens in chunks, turns each chunk's logits into their own gradient
+in place and multiplies that out right away, in the forward. What is kept for the backward is the gradient of the
+hidden states and of the head's weight, instead of T x V logits. The weight gradient goes through the head's
+`weight_grad` hole like any other.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def cross_entropy(h_TD: Tensor, head: Linear, labels_T: Tensor, normaliser: floa
     """Sum over tokens of -log softmax(head(h))[label], divided by `normaliser`; labels of -100 do not count.
 
     Args:
-        h_TD: normed hidden states; labels_T: int64; normaliser: tokens of the whole global batch, so that microbatches add up.
+        h_TD: normed hidden states; labels_T: int64; normaliser: tokens of the whole global batch, so that
+        microbatches add up.
     Returns: a scalar in float32 (float64 of float64), nats.
     """
     return _CrossEntropy.apply(h_TD, head.weight, labels_T, normaliser, head.weight_grad)

@@ -1,14 +1,17 @@
 """DeepSeekMoE: which experts a token goes to, and the experts.
 
-The router scores every expert, keeps the best groups (a group is a node, so a token travels to few nodes), then the best
-experts of those groups. Since V3 a bias per expert takes part in that choice and in nothing else: the weight a chosen expert
-gets is its raw score. After each step the bias of an overloaded expert goes down by gamma and that of an underloaded one up
-(`updated_bias`), which balances load without a loss that would pull at the model; a tiny sequence-wise balance loss remains
-against extremes. V3 report, section 2.1.2, equations 12 to 20; auxiliary-loss-free balancing: arXiv 2408.15664.
+The router scores every expert, keeps the best groups (a group is a node, so a token travels to few nodes), then the
+best experts of those groups. Since V3 a bias per expert takes part in that choice and in nothing else: the weight a
+chosen expert gets is its raw score. After each step the bias of an overloaded expert goes down by gamma and that of
+an underloaded one up (`updated_bias`), which balances load without a loss that would pull at the model; a tiny
+sequence-wise balance loss remains against extremes. V3 report, section 2.1.2, equations 12 to 20; auxiliary-loss-free
+balancing: arXiv 2408.15664.
 
-Rows travel through a `TokenDispatcher` (model/dispatch.py), the hole that expert parallelism fills. No token is ever dropped.
+Rows travel through a `TokenDispatcher` (model/dispatch.py), the hole that expert parallelism fills. No token is ever
+dropped.
 
-Shapes: B batch, L length, T = B L tokens, D model, E experts, K experts per token, R rows received here, F expert hidden.
+Shapes: B batch, L length, T = B L tokens, D model, E experts, K experts per token, R rows received here, F expert
+hidden.
 """
 
 from __future__ import annotations
@@ -50,11 +53,12 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores, groups, top-k: V3's sigmoid with selection bias (noaux_tc), V2's softmax (greedy, group_limited_greedy)."""
+    """Scores, groups, top-k: V3's sigmoid with bias (noaux_tc), V2's softmax (greedy, group_limited_greedy)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.e_score_correction_bias: Tensor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
             self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
@@ -112,8 +116,9 @@ class Router(nn.Module):
 def sequence_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
     """Sum over the B sequences of sum_i f_i P_i (V3 report, equations 17 to 20, without alpha).
 
-    f_i counts how often expert i is among the top k of the raw scores - no bias, no groups - and P_i is its mean share of
-    the scores, both over one sequence. Balanced, a sequence's value is 1. A sum, so that it adds up over microbatches.
+    f_i counts how often expert i is among the top k of the raw scores - no bias, no groups - and P_i is its mean
+    share of the scores, both over one sequence. Balanced, a sequence's value is 1. A sum, so that it adds up over
+    microbatches.
     """
     B, L, E = scores_BLE.shape
     with torch.no_grad():
@@ -125,10 +130,13 @@ def sequence_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, gamma: float) -> Tensor:
-    """The routing bias after a step: up by gamma where the load was below the mean, down where above (2408.15664, Alg. 1).
+    """The routing bias after a step: up by gamma where the load was below the mean, down where above.
+
+    Algorithm 1 of arXiv 2408.15664.
 
     Args:
-        bias_E: any number of leading dims; load_E: tokens each expert got in the whole global batch; gamma: 0.001 in V3,
+        bias_E: any number of leading dims; load_E: tokens each expert got in the whole global batch; gamma: 0.001 in
+        V3,
             0 over its last 500B tokens.
     """
     load = load_E.to(bias_E.dtype)

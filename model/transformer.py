@@ -1,8 +1,8 @@
 """The model: embedding, blocks, norm, head, and the modules of multi-token prediction.
 
-Everything builds under `torch.device("meta")` at once; `init_parameter_` gives a parameter its values afterwards. They
-depend on the seed, the whole-model name and, for experts, the expert's number - not on who asks - so every layout starts
-from the same model.
+Everything builds under `torch.device("meta")` at once; `init_parameter_` gives a parameter its values afterwards.
+They depend on the seed, the whole-model name and, for experts, the expert's number - not on who asks - so every
+layout starts from the same model.
 
 Shapes: B batch, L length, T = B L tokens, D model, K experts per token, R rows received here, E experts, V vocabulary.
 """
@@ -10,7 +10,7 @@ Shapes: B batch, L length, T = B L tokens, D model, K experts per token, R rows 
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,30 +33,37 @@ class Losses(NamedTuple):
     load_ME: Tensor
 
 
+class Decoder(nn.Module):
+    """All that bears a name starting with `model.`; `layers` holds the blocks and, after them, the MTP modules."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        empty_VD = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty_VD, freeze=False)
+        blocks = [Block(config, is_moe=i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)]
+        depths = [MTPBlock(config) for _ in range(config.num_nextn_predict_layers)]
+        self.layers = nn.ModuleList([*blocks, *depths])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Transformer(nn.Module):
-    """DeepSeek-V3 (or V2). `model.layers` holds the blocks and, after them, the modules of multi-token prediction."""
+    """DeepSeek-V3 or V2, whole. A pipeline takes its children apart; their names stay the whole model's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
-        blocks = [Block(config, is_moe=i >= config.first_k_dense_replace) for i in range(config.num_hidden_layers)]
-        depths = [MTPBlock(config) for _ in range(config.num_nextn_predict_layers)]
-        self.model.layers = nn.ModuleList([*blocks, *depths])
-        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
     def blocks(self) -> list[Block]:
-        return list(self.model.layers[: self.config.num_hidden_layers])
+        """The main model's layers."""
+        return cast(list[Block], list(self.model.layers)[: self.config.num_hidden_layers])
 
     @property
     def mtp(self) -> list[MTPBlock]:
         """The modules of multi-token prediction, shallowest first."""
-        return list(self.model.layers[self.config.num_hidden_layers :])
+        return cast(list[MTPBlock], list(self.model.layers)[self.config.num_hidden_layers :])
 
     def hidden(self, tokens_BL: Tensor, document_ids_BL: Tensor | None = None) -> tuple[Tensor, list[BlockOutput]]:
         """The main model's last hidden state after its norm (B, L, D), and what each block gave."""
@@ -89,15 +96,13 @@ class Transformer(nn.Module):
         per_depth, mtp_outputs = mtp_losses(
             self.mtp, h_BLD, tokens_BL, labels_BL, self.model.embed_tokens, self.lm_head, num_tokens, document_ids_BL
         )
-        outputs = [output for output in [*outputs, *mtp_outputs] if output.load_E is not None]
-        zero = lm_loss.new_zeros(())
-        balance_loss = sum((output.balance_loss for output in outputs), zero) / num_sequences
-        loads = [output.load_E for output in outputs]
+        outputs += mtp_outputs
+        balance_losses = [output.balance_loss for output in outputs if output.balance_loss is not None]
         return Losses(
             lm_loss,
             torch.stack(per_depth) if per_depth else lm_loss.new_zeros(0),
-            balance_loss,
-            torch.stack(loads) if loads else torch.zeros(0, self.config.n_routed_experts, dtype=torch.int64),
+            torch.stack(balance_losses).sum() / num_sequences,
+            torch.stack([output.load_E for output in outputs if output.load_E is not None]),
         )
 
     def new_caches(self, batch_size: int, length: int) -> list[LatentCache]:
@@ -107,7 +112,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor, caches: list[LatentCache]) -> Tensor:
-        """Logits after the last of the new tokens, (B, V); `caches` hold what came before and take the new tokens in."""
+        """Logits after the last of L new tokens, (B, V); `caches` hold what came before and take the new ones in."""
         h_BLD = self.model.embed_tokens(tokens_BL)
         for block, cache in zip(self.blocks, caches, strict=True):
             h_BLD = block.decode(h_BLD, cache)
@@ -121,7 +126,8 @@ def init_parameter_(
     """Fills a parameter or buffer, in place, with the values its whole-model name has under `seed`.
 
     Norms are 1, routing biases 0, everything else normal with std `initializer_range`, drawn in float32 whatever the
-    tensor's dtype. Experts are drawn one by one, so a slice that starts at `first_expert` gets what the whole model has.
+    tensor's dtype. Experts are drawn one by one, so a slice that starts at `first_expert` gets what the whole model
+    has.
     """
     if name.endswith("norm.weight"):
         return tensor.fill_(1.0)
