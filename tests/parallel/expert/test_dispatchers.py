@@ -1,0 +1,122 @@
+"""All dispatchers against one obviously right twin: a float64 loop over tokens and experts, on one rank, with autograd.
+
+Every rank holds its own tokens and a slice of the experts; the twin holds all tokens and all experts. Outputs,
+gradients of tokens, routing weights and experts must be the twin's to 1e-10, for any routing and any number of tokens
+a rank.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.expert import DISPATCHERS
+from parallel.expert.dispatcher import DispatchConfig
+from parallel.mesh import Mesh, MeshConfig
+from tests.ranks import run_ranks
+
+SHAPES = [  # name, ep, ranks_per_node
+    ("local", 1, 8),
+    *((name, ep, size) for name in ("all_to_all", "two_hop") for ep, size in [(1, 8), (2, 8), (2, 1), (4, 2), (4, 1)]),
+]
+EIGHT = [("all_to_all", 8, 2), ("two_hop", 8, 8), ("two_hop", 8, 4), ("two_hop", 8, 2)]
+
+
+class Problem(NamedTuple):
+    """The tokens of one rank and what the router decided; `experts_EDD` is a matrix an expert, of all experts."""
+
+    x_TD: Tensor
+    topk_idx_TK: Tensor
+    topk_weights_TK: Tensor
+    gy_TD: Tensor
+
+
+def make_problem(
+    num_tokens: int, num_experts: int, top_k: int, hidden: int, rank: int, routing: str = "any"
+) -> Problem:
+    generator = torch.Generator().manual_seed(1000 + rank)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    if routing == "one":  # the first experts get everything
+        scores = -torch.arange(num_experts).expand(num_tokens, -1).float()
+    if routing == "odd":  # every other expert stays empty
+        scores[:, ::2] -= 2
+    topk_idx = scores.topk(top_k, dim=1).indices
+    x, weights, gy = (
+        torch.randn(num_tokens, n, generator=generator, dtype=torch.float64) for n in (hidden, top_k, hidden)
+    )
+    return Problem(x, topk_idx, weights, gy)
+
+
+def make_experts(num_experts: int, hidden: int) -> Tensor:
+    return torch.randn(num_experts, hidden, hidden, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def twin(problem: Problem, experts_EDD: Tensor) -> tuple[Tensor, ...]:
+    """Token by token, expert by expert: output and the gradients of tokens, weights and experts."""
+    x, weights, experts = (t.clone().requires_grad_() for t in (problem.x_TD, problem.topk_weights_TK, experts_EDD))
+    y = 0 * (x + weights.sum() + experts.sum())
+    for t, chosen in enumerate(problem.topk_idx_TK.tolist()):
+        for k, e in enumerate(chosen):
+            y = y.index_add(0, torch.tensor([t]), (weights[t, k] * (x[t] @ experts[e]).tanh()).unsqueeze(0))
+    grads = torch.autograd.grad(y, (x, weights, experts), problem.gy_TD)
+    return y.detach(), *grads
+
+
+def layer(dispatcher, problem: Problem, experts_EDD: Tensor) -> tuple[Tensor, ...]:
+    """The same through a dispatcher; `experts_EDD` are the experts of this rank."""
+    x, weights, experts = (t.clone().requires_grad_() for t in (problem.x_TD, problem.topk_weights_TK, experts_EDD))
+    routed = dispatcher.dispatch(x, problem.topk_idx_TK, weights)
+    rows = routed.x_RD.split(routed.num_tokens_per_expert_E.tolist())
+    out = torch.cat([(r @ expert).tanh() for r, expert in zip(rows, experts, strict=True)])
+    y = dispatcher.combine(routed.weights_R.unsqueeze(1) * out, routed.handle)
+    grads = torch.autograd.grad(y, (x, weights, experts), problem.gy_TD)
+    return y.detach(), *grads
+
+
+def worst_error(dispatcher, mesh: Mesh, problem: Problem, experts_EDD: Tensor) -> float:
+    """Against the twin of this rank's tokens; the experts' gradients are summed over the ranks' twins."""
+    num_local = len(experts_EDD) // mesh.ep.size
+    mine = slice(mesh.ep.rank * num_local, (mesh.ep.rank + 1) * num_local)
+    found = layer(dispatcher, problem, experts_EDD[mine])
+    wanted = [t.contiguous() for t in twin(problem, experts_EDD)]  # gloo reads an expanded tensor beyond its end
+    if mesh.ep.pg is not None:
+        torch.distributed.all_reduce(wanted[3], group=mesh.ep.pg)
+    wanted[3] = wanted[3][mine]
+    return max((f - w).abs().max().item() if f.numel() else 0.0 for f, w in zip(found, wanted, strict=True))
+
+
+NUM_EXPERTS, TOP_K, HIDDEN = 16, 4, 5
+
+
+def _check_shape(rank: int, world_size: int, name: str, ranks_per_node: int) -> dict[str, float]:
+    mesh = Mesh(MeshConfig(ep=world_size, ranks_per_node=ranks_per_node, world=world_size))
+    dispatcher = DISPATCHERS[name](mesh, DispatchConfig(NUM_EXPERTS))
+    experts = make_experts(NUM_EXPERTS, HIDDEN)
+    errors = {}
+    for case, num_tokens, routing in [
+        ("even", 6, "any"),
+        ("uneven", 2 + 3 * rank, "any"),
+        ("half the ranks have no token", 5 * (rank % 2), "any"),
+        ("no token at all", 0, "any"),
+        ("one token", int(rank == 0), "any"),
+        ("all to one rank", 4, "one"),
+        ("empty experts", 4, "odd"),
+    ]:
+        problem = make_problem(num_tokens, NUM_EXPERTS, TOP_K, HIDDEN, rank, routing)
+        errors[case] = worst_error(dispatcher, mesh, problem, experts)
+    return errors
+
+
+@pytest.mark.parametrize(("name", "ep", "ranks_per_node"), SHAPES + EIGHT)
+def test_equals_the_twin_for_any_routing(name, ep, ranks_per_node):
+    for errors in run_ranks(ep, _check_shape, name, ranks_per_node):
+        assert max(errors.values()) < 1e-10, errors
+
+
+def test_local_needs_no_process_group():
+    mesh = Mesh(MeshConfig())
+    problem = make_problem(9, NUM_EXPERTS, TOP_K, HIDDEN, rank=0)
+    for name in ("local", "all_to_all", "two_hop"):
+        dispatcher = DISPATCHERS[name](mesh, DispatchConfig(NUM_EXPERTS))
+        assert worst_error(dispatcher, mesh, problem, make_experts(NUM_EXPERTS, HIDDEN)) < 1e-12
