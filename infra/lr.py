@@ -1,9 +1,9 @@
 """How the learning rate and the batch size move during training, as pure functions of what has been seen (V3, 4.2).
 
-V3 trained on 14.8T tokens: the rate rises from 0 to 2.2e-4 over 2000 steps, stays until 10T tokens, falls along a cosine
-to 2.2e-5 over 4.3T, stays for 333B, and ends with 7.3e-6 for 167B; the batch grows from 3072 to 15360 sequences over the
-first 469B tokens. Here all borders are *shares* of the run, so a run of 200 steps goes through the same five phases.
-[no torch]
+V3 trained on 14.8T tokens: the rate rises from 0 to 2.2e-4 over 2000 steps, stays until 10T tokens, falls along a
+cosine to 2.2e-5 over 4.3T, stays for 333B, and ends with 7.3e-6 for 167B; the batch grows from 3072 to 15360 sequences
+over the first 469B tokens. Here all borders are *shares* of the run, so a run of 200 steps goes through the same five
+phases. [no torch]
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class LRConfig:
             )
         if not (0 <= self.tail_ratio <= 1 and 0 <= self.last_ratio <= 1):
             raise ValueError(
-                f"optim.lr.tail_ratio={self.tail_ratio} and optim.lr.last_ratio={self.last_ratio} must lie between 0 and 1"
+                f"optim.lr.tail_ratio={self.tail_ratio} and optim.lr.last_ratio={self.last_ratio} "
+                "must lie between 0 and 1"
             )
 
 
@@ -67,7 +68,7 @@ def learning_rate(config: LRConfig, step: int, num_steps: int, share: float) -> 
     """The rate of step `step` (from 0) of `num_steps`, when `share` of the run's tokens were seen before it."""
     warmup = min(config.warmup_steps, int(config.warmup_share * num_steps))
     if step < warmup:
-        return config.peak * (step + 1) / warmup  # the first step already moves
+        return config.peak * ((step + 1) / warmup)  # the first step already moves
     if share < config.constant_until:
         return config.peak
     if share < config.cosine_until:
@@ -103,4 +104,4 @@ def batch_size(seen: int, total: int, global_batch_size: int, ramp: BatchRampCon
     if ramp is None or seen >= ramp.share * total:
         return global_batch_size
     grown = ramp.start + (global_batch_size - ramp.start) * seen / (ramp.share * total)
-    return int(grown) // ramp.multiple_of * ramp.multiple_of
+    return round(grown / ramp.multiple_of) * ramp.multiple_of

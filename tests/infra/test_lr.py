@@ -31,7 +31,7 @@ def test_200_steps_go_through_all_five_phases() -> None:
     rates = [learning_rate(config, step, 200, step / 200) for step in range(200)]
     assert rates[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
     assert set(rates[20:135]) == {1.0}
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[135:195]))
     assert rates[194:198] == pytest.approx([0.1] * 4)
     assert rates[198:] == pytest.approx([7.3e-6 / 2.2e-4] * 2)
 
@@ -54,7 +54,7 @@ def test_published_batch_ramp() -> None:
     assert sizes[1] == pytest.approx(9216, abs=1)
     assert sizes[2:] == [15360, 15360]
     # The step count that these figures imply, and back.
-    assert total_samples(242_821, 15360, BatchRampConfig()) == pytest.approx(total, rel=1e-5)
+    assert total_samples(242_782, 15360, BatchRampConfig()) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize(
