@@ -22,10 +22,11 @@ A `Schedule` is data: the programs and the placement. It owns no stages, knows n
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,16 @@ class Action(NamedTuple):
 
 Slot = tuple[Action, ...]
 Program = list[Slot]
+
+
+def make_actions(stages: Iterable[int], ops: Iterable[Op], mbs: Iterable[int]) -> list[Action]:
+    """Many actions at once, several times as fast as one by one."""
+    return list(map(tuple.__new__, repeat(Action), zip(stages, ops, mbs, strict=False)))
+
+
+def slots_of(stage: int, op: Op, mbs: Iterable[int]) -> Program:
+    """Slots of one action each: `op` of `stage` on each of `mbs`."""
+    return [(action,) for action in make_actions(repeat(stage), repeat(op), mbs)]
 
 
 class Columns(NamedTuple):

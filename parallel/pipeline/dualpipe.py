@@ -14,9 +14,11 @@ have lost the partner to overlap with.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
-from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot
+from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, slots_of
 
 
 class _Direction(NamedTuple):
@@ -36,48 +38,49 @@ def phase_counts(half: int, position: int, num_microbatches: int) -> tuple[int, 
 
 
 def _program(half: int, position: int, directions: tuple[_Direction, _Direction]) -> Program:
-    slots: Program = []
-    forwards, backwards = [0, 0], [0, 0]
-    owed: deque[Slot] = deque()
-
-    def make(direction: int, op: Op, index: int) -> Slot:
-        stage, first_mb, num_microbatches = directions[direction]
-        return (Action(stage, op, first_mb + index),) if index < num_microbatches else ()
-
-    def forward(direction: int) -> Slot:
-        forwards[direction] += 1
-        return make(direction, Op.F, forwards[direction] - 1)
-
-    def backward(direction: int, split: bool = False) -> Slot:
-        index = backwards[direction]
-        backwards[direction] += 1
-        if split:
-            owed.append(make(direction, Op.W, index))
-        return make(direction, Op.I if split else Op.B, index)
-
+    """The eight phases. Slots of microbatches that do not exist are empty, and dropped at the end."""
     most = max(2 * half, *(direction.num_microbatches for direction in directions))
-    f0, f0f1, i1wf1, main, b1f1b0, b1b0, wi0, w = phase_counts(half, position, most)
-    for _ in range(f0):
-        slots += (forward(0),)
-    for _ in range(f0f1):
-        slots += forward(0), forward(1)
-    for _ in range(i1wf1):
-        slots += backward(1, split=True), owed.popleft(), forward(1)
-    for k in range(main):
-        if k == 0 and position == half - 1:  # at the middle the first pair is pulled apart: the others wait for its F
-            slots += forward(0), backward(1)
+    n1, n2, n3, n4, n5, n6, n7, n8 = phase_counts(half, position, most)
+
+    def slots(direction: int, op: Op) -> Program:
+        stage, first_mb, num_microbatches = directions[direction]
+        return slots_of(stage, op, range(first_mb, first_mb + num_microbatches)) + [()] * (most - num_microbatches)
+
+    def backwards(direction: int, num_split_first: int, num_split_last: int) -> Iterator[Slot]:
+        full, split = slots(direction, Op.B), slots(direction, Op.I)
+        border = most - num_split_last
+        return chain(split[:num_split_first], full[num_split_first:border], split[border:])
+
+    def weight(slot: Slot) -> Slot:
+        return tuple(Action(stage, Op.W, mb) for stage, _, mb in slot)
+
+    # Split are the backwards of phase 3, the second half of those of phase 6, and those of phase 7.
+    f0, f1 = iter(slots(0, Op.F)), iter(slots(1, Op.F))
+    b0, b1 = backwards(0, 0, n6 - n6 // 2 + n7), backwards(1, n3, n6 // 2)
+    program: Program = [next(f0) for _ in range(n1)]
+    for _ in range(n2):
+        program += next(f0), next(f1)
+    for _ in range(n3):
+        i1 = next(b1)
+        program += i1, weight(i1), next(f1)
+    for k in range(n4):
+        if k == 0 and position == half - 1:  # at the middle the first pair is pulled apart: others wait for its F
+            program += next(f0), next(b1)
         else:
-            slots += (forward(0) + backward(1),)
-        slots += (forward(1) + backward(0),)
-    for _ in range(b1f1b0):
-        slots += backward(1), forward(1) + backward(0)
-    for k in range(2 * b1b0):  # from the middle on, the backwards are split; on every second rank one slot later
-        slots += (backward(1 - k % 2, split=k >= b1b0 // 2 * 2 + (position + 1) % 2),)
-    for _ in range(wi0):
-        slots += owed.popleft(), backward(0, split=True)
-    slots += owed
-    assert len(owed) == w
-    return [slot for slot in slots if slot]
+            program.append(next(f0) + next(b1))
+        program.append(next(f1) + next(b0))
+    for _ in range(n5):
+        program += next(b1), next(f1) + next(b0)
+    last = [next(b) for _ in range(n6) for b in (b1, b0)]
+    program += last
+    owed = deque(weight(slot) for slot in last[n6:])
+    for _ in range(n7):
+        i0 = next(b0)
+        program += owed.popleft(), i0
+        owed.append(weight(i0))
+    assert len(owed) == n8
+    program += owed
+    return [slot for slot in program if slot]
 
 
 def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:

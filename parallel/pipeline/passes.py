@@ -11,10 +11,11 @@ be waited for late.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
+from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on, make_actions
 from parallel.pipeline.replay import rank_of_rows, replay
 
 
@@ -62,37 +63,53 @@ def lower(schedule: Schedule) -> Lowered:
 
     Raises ScheduleError for a schedule that deadlocks. Results that stay on their rank (the turn of a V) need none.
     """
-    rank_R1, slot_S1, _ = schedule.columns
-    ones = np.diff(slot_S1).astype(np.float64)
-    start_S, _, _, next_R = replay(schedule, ones, np.repeat(ones, np.diff(slot_S1)))
+    rank_R1, slot_S1, actions_A3 = schedule.columns
+    num_slots = len(slot_S1) - 1
+    ones_S = np.diff(slot_S1).astype(np.float64)
+    start_S, _, _, next_R = replay(schedule, ones_S, np.repeat(ones_S, np.diff(slot_S1)))
     if (next_R != rank_R1[1:]).any():
         validate(schedule)
-    rank_S = np.repeat(np.arange(schedule.num_ranks), np.diff(rank_R1))
-    slots = [slot for program in schedule.programs for slot in program]
-    programs: list[Program] = [[] for _ in range(schedule.num_ranks)]
-    batches: list[list[Action]] = [[] for _ in range(schedule.num_ranks)]
-    order = np.argsort(start_S, kind="stable")
-    bounds = np.flatnonzero(np.diff(start_S[order], prepend=-1.0, append=np.inf))
-    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        together = order[begin:end].tolist()
-        for index in together:
-            rank = int(rank_S[index])
-            if batches[rank]:
-                programs[rank].append(tuple(batches[rank]))
-                batches[rank] = []
-            programs[rank].append(slots[index])
-        for index in together:
-            src = int(rank_S[index])
-            for stage, op, mb in slots[index]:
-                reader = stage + 1 if op is Op.F else stage - 1
-                if op is Op.W or not 0 <= reader < schedule.num_stages:
-                    continue
-                dst = schedule.rank_of(reader, mb)
-                if dst != src:
-                    send, receive = (Op.SEND_F, Op.RECV_F) if op is Op.F else (Op.SEND_B, Op.RECV_B)
-                    batches[src].append(Action(stage, send, mb))
-                    batches[dst].append(Action(reader, receive, mb))
-    return Lowered(schedule, programs)
+
+    # Transfers, by the row that makes the result: from src, where it is made, to dst, where the stage beside it is.
+    stage_A, op_A, mb_A = actions_A3.T
+    reader_A = np.where(op_A == Op.F, stage_A + 1, stage_A - 1)
+    rows = np.flatnonzero((op_A != Op.W) & (reader_A >= 0) & (reader_A < schedule.num_stages))
+    src, dst = rank_of_rows(schedule)[rows], ranks_of(schedule, reader_A[rows], mb_A[rows])
+    crosses = src != dst
+    rows, src, dst = rows[crosses], src[crosses], dst[crosses]
+    forward = op_A[rows] == Op.F
+    mbs = mb_A[rows].tolist()
+    sends = make_actions(stage_A[rows].tolist(), _where(forward, Op.SEND_F, Op.SEND_B), mbs)
+    receives = make_actions(reader_A[rows].tolist(), _where(forward, Op.RECV_F, Op.RECV_B), mbs)
+
+    # What each rank does, in the one order: by start of the slot; slots that start together come before their transfers.
+    items = [slot for program in schedule.programs for slot in program] + sends + receives
+    slot_of_rows = np.searchsorted(slot_S1, rows, side="right") - 1
+    rank_I = np.concatenate((np.repeat(np.arange(schedule.num_ranks), np.diff(rank_R1)), src, dst))
+    start_I = np.concatenate((start_S, start_S[slot_of_rows], start_S[slot_of_rows]))
+    row_I = np.concatenate((np.full(num_slots, -1), rows, rows))  # -1: slots first
+    order = np.lexsort((row_I, start_I, rank_I))
+    return Lowered(schedule, _batch(items, order, num_slots, rank_I[order], schedule.num_ranks))
+
+
+def _where(condition: np.ndarray, yes: Op, no: Op) -> list[Op]:
+    return [yes if one else no for one in condition.tolist()]
+
+
+def _batch(items: list, order: np.ndarray, num_slots: int, rank_I: np.ndarray, num_ranks: int) -> list[Program]:
+    """Programs of the items in this order: the first `num_slots` are slots, runs of the others become one slot."""
+    transfers = order >= num_slots
+    begins = np.ones(len(order), dtype=bool)  # an item that continues the batch before it does not begin a slot
+    begins[1:] = ~(transfers[1:] & transfers[:-1] & (rank_I[1:] == rank_I[:-1]))
+    firsts = np.flatnonzero(begins)
+    ends = np.append(firsts[1:], len(order))
+    ordered = [items[k] for k in order.tolist()]
+    slots = [
+        tuple(ordered[first:end]) if transfer else ordered[first]
+        for first, end, transfer in zip(firsts.tolist(), ends.tolist(), transfers[firsts].tolist(), strict=True)
+    ]
+    bounds = np.searchsorted(rank_I[firsts], np.arange(num_ranks + 1)).tolist()
+    return [slots[first:end] for first, end in pairwise(bounds)]
 
 
 def validate(schedule: Schedule, memory_limit: float | None = None) -> None:
@@ -109,6 +126,12 @@ def validate(schedule: Schedule, memory_limit: float | None = None) -> None:
         _explain_deadlock(schedule, (next_R - rank_R1[:-1]).tolist())
     if memory_limit is not None:
         _check_memory(schedule, memory_limit)
+
+
+def ranks_of(schedule: Schedule, stages: np.ndarray, mbs: np.ndarray) -> np.ndarray:
+    """`schedule.rank_of`, of many at once."""
+    route_of_mb = np.array([schedule.route_of(mb) for mb in range(schedule.num_microbatches)], dtype=np.int64)
+    return np.array(schedule.placement)[route_of_mb[mbs], stages]
 
 
 def _place(schedule: Schedule, row: int) -> tuple[int, int]:
@@ -138,8 +161,7 @@ def _check_slots(schedule: Schedule) -> None:
     for row in np.flatnonzero(wrong)[:1]:
         there = f"stages 0 to {schedule.num_stages - 1}, microbatches 0 to {schedule.num_microbatches - 1}"
         fail(row, f"{_action(schedule, row)} does not exist: there are {there}")
-    route_of_mb = np.array([schedule.route_of(mb) for mb in range(schedule.num_microbatches)], dtype=np.int64)
-    placed_A = np.array(schedule.placement)[route_of_mb[mb_A], stage_A]
+    placed_A = ranks_of(schedule, stage_A, mb_A)
     for row in np.flatnonzero(placed_A != rank_of_rows(schedule))[:1]:
         fail(row, f"{_action(schedule, row)} is misplaced: the placement has it on rank {placed_A[row]}")
     size_S = np.diff(slot_S1)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parallel.pipeline.actions import Action, Op, Program, Schedule
+from parallel.pipeline.actions import Action, Op, Program, Schedule, slots_of
 from parallel.pipeline.dualpipe import dualpipe, dualpipev
+from parallel.pipeline.zero_bubble import zb1p, zbv
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     """All forwards, then all backwards: the least order, the most memory. (Huang et al., 2019)"""
     programs: list[Program] = [
-        [(Action(rank, op, mb),) for op in (Op.F, Op.B) for mb in range(num_microbatches)] for rank in range(num_ranks)
+        slots_of(rank, Op.F, range(num_microbatches)) + slots_of(rank, Op.B, range(num_microbatches))
+        for rank in range(num_ranks)
     ]
     return Schedule("gpipe", programs, (tuple(range(num_ranks)),), num_microbatches)
 
@@ -27,8 +29,8 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     programs = []
     for rank in range(num_ranks):
-        forwards: Program = [(Action(rank, Op.F, mb),) for mb in range(num_microbatches)]
-        backwards: Program = [(Action(rank, Op.B, mb),) for mb in range(num_microbatches)]
+        forwards = slots_of(rank, Op.F, range(num_microbatches))
+        backwards = slots_of(rank, Op.B, range(num_microbatches))
         programs.append(_alternate(forwards, backwards, warm_up=num_ranks - 1 - rank))
     return Schedule("1f1b", programs, (tuple(range(num_ranks)),), num_microbatches)
 
@@ -69,6 +71,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "interleaved_1f1b": interleaved_1f1b,
+    "zb1p": zb1p,
+    "zbv": zbv,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }

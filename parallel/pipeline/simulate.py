@@ -53,6 +53,10 @@ class Costs:
     slow: dict[int, float] = field(default_factory=dict)
     jitter: float = 0.0
 
+    @property
+    def p2p_time(self) -> float:
+        return self.p2p + self.p2p_bytes / self.p2p_bandwidth
+
     def __post_init__(self) -> None:
         for name in ("f", "i", "w"):
             value = getattr(self, name)
@@ -88,7 +92,7 @@ def stages_per_route(schedule: Schedule) -> int:
     return schedule.num_stages // schedule.num_ranks
 
 
-def _stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:
+def stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:
     """[op, stage]: the time of every F, B, I and W by itself."""
     rows = []
     for name in ("f", "i", "w"):
@@ -110,7 +114,7 @@ def slot_times(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray
     """(duration_S, ready_A): how long every slot takes, and when after its start each result leaves."""
     _, slot_S1, actions_A3 = schedule.columns
     stage_A, op_A, _ = actions_A3.T
-    times = _stage_times(schedule, costs)
+    times = stage_times(schedule, costs)
     time_A = times[op_A, stage_A]
     first = slot_S1[:-1]
     parts_S = np.add.reduceat(time_A, first)
@@ -141,9 +145,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, seed: int = 0) -
     rank_A = rank_of_rows(schedule)
     duration_S, ready_A = slot_times(schedule, costs)
     duration_S, ready_A = _disturb(schedule, costs, seed, duration_S, ready_A)
-    start_S, leaves_A, waited_S, next_R = replay(
-        schedule, duration_S, ready_A, costs.p2p + costs.p2p_bytes / costs.p2p_bandwidth
-    )
+    start_S, leaves_A, waited_S, next_R = replay(schedule, duration_S, ready_A, costs.p2p_time)
     if (next_R != rank_R1[1:]).any():
         validate(schedule)
         raise AssertionError("a schedule that deadlocks must not pass validation")
