@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.token_file import DataError, TokenFile, open_token_file, verify
+from infra.token_file import DataError, TokenFile, open_token_file, verify_checksums
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,8 @@ class DataConfig:
 class TokenDataset:
     """Random access to the packed samples of one split of prepared data.
 
-    `vocab_size` is the model's, to be compared with the data's. Raises DataError with one line (see
-    infra/token_file.py).
+    `vocab_size` is the model's, to be compared with the data's; `verify` reads every byte first. Raises DataError with
+    one line (see infra/token_file.py).
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class TokenDataset:
         seed: int = 0,
         fim_rate: float = 0.0,
         vocab_size: int | None = None,
-        full_check: bool = False,
+        verify: bool = False,
     ):
-        if full_check:
-            verify(path)
+        if verify:
+            verify_checksums(path)
         self.file: TokenFile = open_token_file(path, split, vocab_size)
         self.split, self.seed, self.fim_rate = split, seed, fim_rate
         self.num_documents = len(self.file.document_ends)

@@ -8,8 +8,8 @@ memory-mapped.
       train.documents        int64, little-endian: where each document ends in train.tokens (exclusive)
       held_out.tokens, held_out.documents     the same for the documents kept for evaluation
 
-`open_token_file` checks what is cheap (header, sizes, last document end) at every start; `verify` reads every byte.
-Both raise `DataError` with one line. [no torch]
+`open_token_file` checks what is cheap (header, sizes, last document end) at every start; `verify_checksums` reads every
+byte. Both raise `DataError` with one line. [no torch]
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def read_tokenizer(path: str | Path, header: Header | None = None) -> Tokenizer:
     return tokenizer
 
 
-def verify(path: str | Path) -> None:
+def verify_checksums(path: str | Path) -> None:
     """Read every byte of the data in folder `path` and compare checksums; DataError names the first file that
     differs."""
     path = Path(path)

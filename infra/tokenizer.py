@@ -37,10 +37,9 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte (ids 0 to 255), then the special tokens (256 to 261) and two spare ids that round to
-    264."""
+    """One token per UTF-8 byte (ids 0 to 255), then the special tokens (256 to 261); 320 rows are a multiple of 64."""
 
-    vocab_size = 264
+    vocab_size = 320
     special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}  # noqa: RUF012
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
