@@ -139,6 +139,11 @@ class Schedule:
         """The stages that `rank` holds, over all routes, in ascending order."""
         return tuple(sorted({s for route in self.placement for s, r in enumerate(route) if r == rank}))
 
+    def ranks_of(self, stages: np.ndarray, mbs: np.ndarray) -> np.ndarray:
+        """`rank_of`, for many at once."""
+        route_of = np.array([self.route_of(mb) for mb in range(self.num_microbatches)], dtype=np.int64)
+        return np.array(self.placement)[route_of[mbs], stages]
+
     @cached_property
     def columns(self) -> Columns:
         """The programs as arrays."""
@@ -150,9 +155,27 @@ class Schedule:
         )
 
     @cached_property
+    def rank_A(self) -> np.ndarray:
+        """The rank in whose program each row of `columns` stands."""
+        rank_R1, slot_S1, _ = self.columns
+        return np.repeat(np.arange(self.num_ranks, dtype=np.int32), np.diff(slot_S1[rank_R1]))
+
+    def backward_of(self, stage: int, mb: int) -> Action:
+        """The action that makes the gradient of the input of `stage`: its B, or its I where the backward is split."""
+        return Action(stage, Op.I if (stage, mb) in self.split_backwards else Op.B, mb)
+
+    @cached_property
     def split_backwards(self) -> frozenset[tuple[int, int]]:
         """The (stage, mb) whose backward is split into I and W."""
         return frozenset((a.stage, a.mb) for program in self.programs for slot in program for a in slot if a.op is Op.I)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A schedule with communication: `programs` has its compute slots, and between them slots of sends and receives."""
+
+    schedule: Schedule
+    programs: list[Program]
 
 
 # THE rule, as data: what an op needs is the op named here of the stage so many further down the model. B stands for the
@@ -174,6 +197,21 @@ def depends_on(action: Action, schedule: Schedule) -> tuple[Action, ...]:
     for offset, op in NEEDS[action.op]:
         stage = action.stage + offset
         if 0 <= stage < schedule.num_stages:
-            split = op is Op.B and (stage, action.mb) in schedule.split_backwards
-            result.append(Action(stage, Op.I if split else op, action.mb))
+            result.append(schedule.backward_of(stage, action.mb) if op is Op.B else Action(stage, op, action.mb))
     return tuple(result)
+
+
+def carried_by(message: Action, schedule: Schedule) -> Action:
+    """The action whose result a send or receive carries."""
+    stage, op, mb = message
+    if op in (Op.SEND_F, Op.RECV_F):
+        return Action(stage if op is Op.SEND_F else stage - 1, Op.F, mb)
+    return schedule.backward_of(stage if op is Op.SEND_B else stage + 1, mb)
+
+
+def channel_of(message: Action, schedule: Schedule) -> tuple[int, int]:
+    """(rank that sends, rank that receives) a send or receive."""
+    stage, op, mb = message
+    beside = stage + (1 if op in (Op.SEND_F, Op.RECV_B) else -1)
+    ranks = schedule.rank_of(stage, mb), schedule.rank_of(beside, mb)
+    return ranks if op in (Op.SEND_F, Op.SEND_B) else ranks[::-1]

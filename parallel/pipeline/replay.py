@@ -30,10 +30,14 @@ def _link(actions_A3, num_stages, num_microbatches, table):
     row_of = np.full((4, num_stages, num_microbatches), MISSING, dtype=np.int32)
     for a in range(len(actions_A3)):
         stage, op, mb = actions_A3[a]
-        row_of[op, stage, mb] = a
+        if 0 <= op < 4 and 0 <= stage < num_stages and 0 <= mb < num_microbatches:
+            row_of[op, stage, mb] = a
     needs_A2 = np.full((len(actions_A3), 2), -1, dtype=np.int32)
     for a in range(len(actions_A3)):
         stage, op, mb = actions_A3[a]
+        if not (0 <= op < 4 and 0 <= stage < num_stages and 0 <= mb < num_microbatches):
+            needs_A2[a] = MISSING
+            continue
         for k in range(2):
             offset, needed = table[op, k]
             if needed < 0 or stage + offset < 0 or stage + offset >= num_stages:
@@ -100,12 +104,6 @@ def link(schedule: Schedule) -> np.ndarray:
     return _link(schedule.columns.actions_A3, schedule.num_stages, schedule.num_microbatches, _NEEDS)
 
 
-def rank_of_rows(schedule: Schedule) -> np.ndarray:
-    """rank_A: the rank in whose program each row stands."""
-    rank_R1, slot_S1, _ = schedule.columns
-    return np.repeat(np.arange(schedule.num_ranks, dtype=np.int32), np.diff(slot_S1[rank_R1]))
-
-
 def replay(
     schedule: Schedule, duration_S: np.ndarray, ready_A: np.ndarray, p2p: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -117,7 +115,7 @@ def replay(
     deadlock.
     """
     rank_R1, slot_S1, _ = schedule.columns
-    return _replay(rank_R1, slot_S1, link(schedule), rank_of_rows(schedule), duration_S, ready_A, float(p2p))
+    return _replay(rank_R1, slot_S1, link(schedule), schedule.rank_A, duration_S, ready_A, float(p2p))
 
 
 assert (Op.F, Op.B, Op.I, Op.W) == (0, 1, 2, 3), "the compiled code counts on these numbers"

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parallel.pipeline.actions import Op, Schedule
-from parallel.pipeline.passes import validate
-from parallel.pipeline.replay import rank_of_rows, replay
+from parallel.pipeline.replay import replay
 from parallel.pipeline.timeline import Timeline
+from parallel.pipeline.validate import check_slots, validate
 
 SEND_WHEN = ("ready", "slot_end")
 
@@ -87,11 +87,6 @@ def _check(name: str, value: float, above: float | None = None, finite: bool = T
         raise ValueError(f"{name} = {value!r}: it must not be negative")
 
 
-def stages_per_route(schedule: Schedule) -> int:
-    """v: how many stages of one route a rank holds."""
-    return schedule.num_stages // schedule.num_ranks
-
-
 def stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:
     """[op, stage]: the time of every F, B, I and W by itself."""
     rows = []
@@ -105,7 +100,7 @@ def stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:
                 )
             rows.append(np.array(value, dtype=np.float64))
         else:
-            rows.append(np.full(schedule.num_stages, value / stages_per_route(schedule)))
+            rows.append(np.full(schedule.num_stages, value * schedule.num_ranks / schedule.num_stages))
     f, i, w = rows
     return np.stack((f, i + w, i, w))
 
@@ -121,7 +116,7 @@ def slot_times(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray
     pairs = np.flatnonzero(np.diff(slot_S1) == 2)
     duration_S = parts_S
     if costs.fb is not None and len(pairs):
-        whole = times[:2].sum() * stages_per_route(schedule) / schedule.num_stages  # F + I + W of 1/PP of the model
+        whole = times[:2].sum() / schedule.num_ranks  # F + I + W of 1/PP of the model
         duration_S = parts_S.copy()
         duration_S[pairs] = parts_S[pairs] * costs.fb / whole
     if costs.send_when == "slot_end":
@@ -141,8 +136,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, seed: int = 0) -
     Raises ScheduleError for a schedule that cannot run, ValueError for costs that do not fit it.
     """
     costs = costs or Costs()
+    check_slots(schedule)
     rank_R1, slot_S1, actions_A3 = schedule.columns
-    rank_A = rank_of_rows(schedule)
+    rank_A = schedule.rank_A
     duration_S, ready_A = slot_times(schedule, costs)
     duration_S, ready_A = _disturb(schedule, costs, seed, duration_S, ready_A)
     start_S, leaves_A, waited_S, next_R = replay(schedule, duration_S, ready_A, costs.p2p_time)
@@ -164,7 +160,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, seed: int = 0) -
         ready_A=leaves_A,
         waited_A=waited_S[slot_of_A],
         optimizer=costs.optimizer,
-        activation=1.0 / stages_per_route(schedule),
+        activation=schedule.num_ranks / schedule.num_stages,
         kept_after_i=costs.kept_after_i,
     )
 
