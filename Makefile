@@ -1,0 +1,45 @@
+# make pretrain | test | check | bench: each does all the set-up it needs, into .venv, on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-te pretrain test test-slow check format bench
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Braid needs Python 3.11 or newer, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+install: $(READY) ## the set-up alone: a virtual environment in .venv
+
+install-te: $(READY) ## Transformer Engine, compiled against the installed torch (CUDA only)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "Transformer Engine needs a CUDA build of torch, but this one is " + torch.__version__)'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[te]"
+
+pretrain: $(READY) ## train a small DeepSeek-V3 on real text, 4 ranks, about two minutes
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 launch/pretrain.py $(ARGS)
+
+test: $(READY) ## all tests but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-slow: $(READY) ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(ARGS)
+
+check: $(READY) ## lint, format, types, imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## every benchmark that runs on this machine
+	@for b in benchmarks/*.py; do echo "== $$b"; OMP_NUM_THREADS=1 $(BIN)/python $$b || exit 1; done

@@ -1,0 +1,110 @@
+"""The whole configuration of a training run: one dataclass a group, each beside the code that it configures.
+
+Hydra composes the YAML files of this folder into these classes; `OmegaConf.to_object` turns the result into plain
+objects, whose `__post_init__` says what is wrong in one line. Every function then receives its own slice; nothing
+changes a config afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+from infra.data import DataConfig
+from infra.lr import BatchRampConfig, LRConfig
+from model.config import ModelConfig
+from parallel.config import ParallelConfig, check_choice
+
+PRECISIONS = ("fp64", "fp32", "bf16")
+
+
+@dataclass
+class PrecisionConfig:
+    """Compute dtype; gradients and master weights are FP32 (FP64 for fp64, which is for verification)."""
+
+    name: str = "bf16"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.name, PRECISIONS)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedules (V3 report, section 4.2)."""
+
+    lr: LRConfig = field(default_factory=LRConfig)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; vectors (norms) decay not
+    clip: float = 1.0  # global gradient norm
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optim.betas={self.betas}: expected two numbers in [0, 1)")
+
+
+@dataclass
+class TrainConfig:
+    """Batch, length and losses of a run.
+
+    steps: optimizer steps. global_batch_size, microbatch_size: in sequences; a pipeline runs
+    global_batch_size / (dp x microbatch_size) microbatches a step. Shares are of the run's tokens.
+    """
+
+    steps: int = 100
+    global_batch_size: int = 16
+    microbatch_size: int = 1
+    batch_ramp: BatchRampConfig | None = None
+    seed: int = 0
+    mtp_loss_weight: float = 0.3  # lambda, for the first 10 of 14.8 T tokens
+    mtp_loss_weight_late: float = 0.1
+    mtp_late_share: float = 10 / 14.8
+    bias_update_speed: float = 1e-3  # gamma
+    bias_stop_share: float = 14.3 / 14.8  # gamma is 0 from there on
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_samples: int = 16  # held-out sequences per evaluation
+    log_every: int = 10  # steps between console lines where standard output is no terminal
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "microbatch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """every: steps between checkpoints (0: only at the end). keep: how many stay. resume: go on from the newest."""
+
+    every: int = 0
+    keep: int = 2
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass
+class RunConfig:
+    """dir: the run folder. sample_tokens: how many tokens to continue held-out text by at the end (0: none)."""
+
+    dir: str = "runs/pretrain"
+    sample_tokens: int = 0
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def register() -> None:
+    """Makes the schema known to Hydra, as `config_schema`."""
+    ConfigStore.instance().store("config_schema", node=Config)

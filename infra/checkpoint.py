@@ -1,0 +1,201 @@
+"""Checkpoints: named tensors and a few numbers, written whole or not at all.
+
+    checkpoints/step_120/
+        rank_00000.safetensors ...   each tensor once, written by one of the ranks that hold it
+        index.json                   the meta data, and of every file its size, checksum and keys
+
+A key is a whole-model name (`master/model.layers.3.mlp.experts.7.up_proj.weight`), never a rank's: any other layout
+finds what it needs by name. Everything is written into a folder beside the target, which is renamed only when every
+rank's file and the index are on disk; so a folder called `step_<n>` is whole, and a kill at any moment leaves the ones
+before it. Nothing is pickled: tensors are safetensors, the index is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+_STEP = re.compile(r"step_(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
+    """Writes `root/step_<step>`; collective over the world.
+
+    tensors: what this rank contributes; every key must come from exactly one rank. meta: JSON values, rank 0's count.
+    keep: how many checkpoints stay; older ones are removed once this one is whole.
+    Raises OSError on every rank when any rank could not write (a full disk); the older checkpoints are untouched.
+    """
+    rank, world_size = _place()
+    target, beside = root / f"step_{step}", root / f".step_{step}.writing"
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    _agree(None, root)
+    error: OSError | None = None
+    try:
+        file = beside / f"rank_{rank:05d}.safetensors"
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        entry = {"size": file.stat().st_size, "checksum": _checksum(file), "keys": sorted(tensors)}
+        _write_json(file.with_suffix(".json"), entry)
+    except (OSError, SafetensorError) as failure:
+        error = failure if isinstance(failure, OSError) else OSError(str(failure))
+    try:
+        _agree(error, root)
+        if rank == 0:
+            try:
+                _publish(beside, target, world_size, dict(meta, step=step))
+                _prune(root, keep)
+            except OSError as failure:
+                error = failure
+        _agree(error, root)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return target
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning that names the file."""
+    for folder in sorted(root.glob("step_*"), key=_step_of, reverse=True):
+        try:
+            Checkpoint(folder).verify()
+            return folder
+        except CheckpointError as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+    return None
+
+
+class Checkpoint:
+    """A whole checkpoint, read by key. Raises CheckpointError when `folder` is none."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            index = json.loads((folder / "index.json").read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} is not a checkpoint: it has no index.json") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'index.json'} cannot be read: {error}") from None
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise CheckpointError(f"{folder / 'index.json'} is not of checkpoint format {FORMAT}")
+        if index.get("checksum") != _checksum_of_index(index):
+            raise CheckpointError(f"{folder / 'index.json'} is damaged: its checksum does not match")
+        self.meta: dict[str, Any] = index["meta"]
+        self._files: dict[str, dict[str, Any]] = index["files"]
+        self._file_of = {key: name for name, entry in self._files.items() for key in entry["keys"]}
+
+    def verify(self) -> None:
+        """Reads every byte. Raises CheckpointError naming the file that is missing, truncated or altered."""
+        for name, entry in self._files.items():
+            file = self.folder / name
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if (size := file.stat().st_size) != entry["size"]:
+                raise CheckpointError(f"{file} has {size} bytes, but {entry['size']} were written")
+            if _checksum(file) != entry["checksum"]:
+                raise CheckpointError(f"{file} is damaged: its checksum does not match")
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of `keys`, on the CPU. Raises CheckpointError for a key that is not here."""
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            if key not in self._file_of:
+                raise CheckpointError(f"{self.folder} has no {key}: it was made by another model")
+            by_file.setdefault(self._file_of[key], []).append(key)
+        tensors: dict[str, Tensor] = {}
+        for name, names in by_file.items():
+            with safe_open(self.folder / name, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in names}
+        return tensors
+
+
+def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) -> None:
+    files: dict[str, Any] = {}
+    seen: set[str] = set()
+    for rank in range(world_size):
+        part = beside / f"rank_{rank:05d}.json"
+        entry = json.loads(part.read_text())
+        if doubled := seen & set(entry["keys"]):
+            raise AssertionError(f"two ranks save {sorted(doubled)[0]}")
+        seen |= set(entry["keys"])
+        files[f"rank_{rank:05d}.safetensors"] = entry
+        part.unlink()
+    index = {"format": FORMAT, "meta": meta, "files": files}
+    _write_json(beside / "index.json", index | {"checksum": _checksum_of_index(index)})
+    if target.exists():
+        shutil.rmtree(target)  # of a run that was resumed from an earlier step
+    os.rename(beside, target)
+    _sync_folder(target.parent)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for folder in sorted(root.glob("step_*"), key=_step_of)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def _agree(error: OSError | None, root: Path) -> None:
+    """A barrier that fails on every rank when one rank has failed."""
+    failed = torch.tensor(int(error is not None))
+    if dist.is_initialized():
+        dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError(None, f"{int(failed)} other ranks could not write the checkpoint", str(root))
+
+
+def _place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _step_of(folder: Path) -> int:
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()[:32]
+
+
+def _checksum_of_index(index: Mapping[str, Any]) -> str:
+    body = {k: v for k, v in index.items() if k != "checksum"}
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write_json(file: Path, value: Any) -> None:
+    with file.open("w") as stream:
+        json.dump(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""The start and the end of a job: who am I, how many are we, and how do we talk.
+
+A job is started by torchrun, by mpirun (through mpi4py), by Slurm's srun, or as plain `python` for a single rank;
+whichever it was, `start` leaves an initialised default process group: gloo on CPU, NCCL (with gloo for CPU tensors) on
+CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, and the device that it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says it, before any process group exists; 0 for plain `python`."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def _environment_of_mpi() -> dict[str, str]:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    address = (socket.gethostname(), _free_port()) if comm.rank == 0 else None
+    host, port = comm.bcast(address)
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    return {
+        "RANK": str(comm.rank),
+        "WORLD_SIZE": str(comm.size),
+        "LOCAL_RANK": str(local.rank),
+        "LOCAL_WORLD_SIZE": str(local.size),
+        "MASTER_ADDR": "127.0.0.1" if local.size == comm.size else host,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _environment_of_slurm() -> dict[str, str]:
+    env = os.environ
+    if "MASTER_ADDR" not in env and int(env.get("SLURM_NNODES", "1")) > 1:
+        raise RuntimeError(
+            "srun on several nodes needs MASTER_ADDR: export MASTER_ADDR=$(scontrol show hostnames | head -n1)"
+        )
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000)),
+    }
+
+
+def _environment() -> dict[str, str]:
+    """What torchrun would have set, from whichever launcher started this process; empty for plain `python`."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return {}
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return _environment_of_mpi()
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        return _environment_of_slurm()
+    return {"RANK": "0", "WORLD_SIZE": "1"}
+
+
+def start(timeout_s: float = 600.0) -> World:
+    """Initialises the default process group and returns this process's place in it.
+
+    `timeout_s`: a collective that takes longer raises on every rank, instead of hanging for ever.
+    """
+    os.environ.update(_environment())
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.HashStore() if size == 1 else None,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Ends the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,244 @@
+"""The training loop: build, step, evaluate, save - with no branch on how the run is laid out.
+
+A step is: take the batch, let the executor run its schedule, sum the gradients, clip, update, move the routing biases,
+and write down one flat record. One rank or many, one pipeline or none, go through the same lines.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from conf.schema import Config
+from infra import checkpoint, lr
+from infra.data import TokenDataset, sample_indexes
+from infra.distributed import World
+from infra.optim import clip_gradients, global_grad_norm, make_adamw, reduce_gradients, update
+from model.moe import updated_bias
+from parallel import state
+from parallel.mesh import Mesh, MeshConfig
+from parallel.parallelize import parallelize
+from parallel.pipeline.executor import Executor
+from parallel.pipeline.p2p import P2P
+from parallel.pipeline.passes import forward_only, lower
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.stage import BatchScale
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+Record = dict[str, float]
+
+
+class Trainer:
+    """One run on this rank. Building one is collective; so are `train_step`, `evaluate`, `save`.
+
+    step, samples, tokens: what is done so far. Raises ValueError in one line where the config contradicts itself.
+    """
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        train, parallel = config.train, config.parallel
+        mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
+        for size in {train.global_batch_size, train.batch_ramp.start if train.batch_ramp else train.global_batch_size}:
+            _check_batch(size, train.microbatch_size, mesh_config.dp)
+        self.mesh = Mesh(mesh_config)
+        self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
+        self.train_data = self._open("train", config.data.fim_rate)
+        self.replica = parallelize(
+            config.model,
+            parallel,
+            self.mesh,
+            self._schedule(self._num_microbatches(train.global_batch_size)),
+            compute_dtype=DTYPES[config.precision.name],
+            device=world.device,
+            seed=train.seed,
+            weight_decay=config.optim.weight_decay,
+            microbatch=(train.microbatch_size, config.data.sequence_length),
+        )
+        self.optimizer = make_adamw(self.replica.buckets, config.optim.lr.peak, config.optim.betas, config.optim.eps)
+        pp = self.mesh.pp
+        up, down = self.mesh.group(mesh_config.partition("pp")).pg, self.mesh.group(mesh_config.partition("pp")).pg
+        self._p2p = P2P(pp.ranks, pp.rank, up, down, world.device)
+        self._executor = lru_cache(maxsize=8)(self._make_executor)
+        self.step, self.samples, self.tokens = 0, 0, 0
+        self._asked_to_stop = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def train_step(self) -> tuple[Record, dict[str, torch.Tensor]]:
+        """One optimizer step; returns its record, and histograms by name."""
+        config, started = self.config, time.perf_counter()
+        share = self.samples / self.total_samples
+        size = lr.batch_size(self.samples, self.total_samples, config.train.global_batch_size, config.train.batch_ramp)
+        rate = lr.learning_rate(config.optim.lr, self.step, config.train.steps, share)
+        sums, load_LE = self._run(self.train_data, self.samples, size, share, training=True)
+        reduce_gradients(self.replica.buckets)
+        norm = global_grad_norm(self.replica.buckets, self.world.size)
+        clip_gradients(self.replica.buckets, norm, config.optim.clip)
+        update(self.replica.buckets, self.optimizer, rate)
+        if share < config.train.bias_stop_share:
+            for layer, bias in self.replica.biases.items():
+                bias.copy_(updated_bias(bias, load_LE[layer], config.train.bias_update_speed))
+        self.step, self.samples = self.step + 1, self.samples + size
+        num_tokens = size * config.data.sequence_length
+        self.tokens += num_tokens
+        step_time = time.perf_counter() - started
+        record = {
+            "step": self.step,
+            **sums,
+            "nats_per_byte": sums["lm_loss"] / self.train_data.bytes_per_token,
+            "grad_norm": norm,
+            "lr": rate,
+            "batch_size": size,
+            "tokens": self.tokens,
+            "step_time": step_time,
+            "tokens_per_second": num_tokens / step_time,
+            "peak_memory_gb": self._peak_memory_gb(),
+        }
+        histograms = {}
+        moe_layers = load_LE.sum(1).nonzero().flatten().tolist()
+        if moe_layers:
+            load = load_LE[moe_layers].double()
+            violation = load.amax(1) / load.mean(1) - 1  # MaxVio (2408.15664), by layer
+            record |= {"max_vio": violation.max().item(), "mean_vio": violation.mean().item()}
+            histograms = {f"expert_load/layer_{n}": load_LE[n] for n in moe_layers}
+        for n, bias in self.replica.biases.items():
+            histograms[f"routing_bias/layer_{n}"] = bias
+        return record, histograms
+
+    @torch.no_grad()
+    def evaluate(self) -> Record:
+        """Losses over the first held-out samples, by the same executor, forwards only."""
+        data = self._held_out
+        unit = self.config.train.microbatch_size * self.mesh.config.dp * (2 if self.mesh.config.pp > 1 else 1)
+        size = max(1, self.config.train.eval_samples // unit) * unit
+        sums, _ = self._run(data, 0, size, share=0.0, training=False)
+        return {"eval_loss": sums["lm_loss"], "eval_nats_per_byte": sums["lm_loss"] / data.bytes_per_token}
+
+    def _run(
+        self, data: TokenDataset, first_sample: int, size: int, share: float, training: bool
+    ) -> tuple[Record, torch.Tensor]:
+        """One pass of the schedule over `size` samples: losses of the whole batch, and tokens per expert by layer."""
+        config, mesh = self.config, self.mesh.config
+        length, model = config.data.sequence_length, config.model
+        num_microbatches = self._num_microbatches(size)
+        indexes = sample_indexes(first_sample, num_microbatches, config.train.microbatch_size, self.mesh.at.dp, mesh.dp)
+        tokens_MBL = data.batch(indexes, length).to(self.world.device)
+        documents = None
+        if config.data.document_mask:
+            ids = [[data.document_ids(i, length) for i in row] for row in indexes.tolist()]
+            documents = torch.tensor(ids, device=self.world.device)
+        is_late = share >= config.train.mtp_late_share
+        mtp_weight = config.train.mtp_loss_weight_late if is_late else config.train.mtp_loss_weight
+        weights = {
+            "lm_loss": 1.0,
+            "mtp_loss": mtp_weight / max(1, model.num_nextn_predict_layers),
+            "balance_loss": model.aux_loss_alpha / size,
+        }
+        for stage in self.replica.stages.values():
+            stage.begin(tokens_MBL, BatchScale(size * length, weights), training, documents)
+        self._executor(num_microbatches, training).step()
+        return self._gather(weights, size)
+
+    def _gather(self, weights: Record, size: int) -> tuple[Record, torch.Tensor]:
+        """Sums losses and loads over all ranks: each microbatch and layer was counted on exactly one pipeline rank."""
+        model = self.config.model
+        num_layers = model.num_hidden_layers + model.num_nextn_predict_layers
+        load_LE = torch.zeros(num_layers, model.n_routed_experts, dtype=torch.int64)
+        sums = torch.zeros(len(weights), dtype=torch.float64)
+        for stage in self.replica.stages.values():
+            for i, name in enumerate(weights):
+                sums[i] += float(stage.losses.get(name, 0.0))
+            for layer, load in stage.loads.items():
+                load_LE[layer] += load.cpu()
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(load_LE)
+        losses = dict(zip(weights, sums.tolist(), strict=True))
+        total = sum(weights[name] * value for name, value in losses.items())
+        depths = max(1, model.num_nextn_predict_layers)
+        losses["mtp_loss"] /= depths
+        losses["balance_loss"] /= size * max(1, int((load_LE.sum(1) > 0).sum()))
+        return {"loss": total, **losses}, load_LE
+
+    def save(self, root: Path) -> Path:
+        """Writes a checkpoint of this moment under `root`."""
+        meta = {"samples": self.samples, "tokens": self.tokens, "model": asdict(self.config.model)}
+        meta["data"] = self.train_data.file.path.name
+        tensors = state.saved(self.replica, self.optimizer)
+        return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
+
+    def load(self, folder: Path) -> None:
+        """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""
+        saved = checkpoint.Checkpoint(folder)
+        check_same_model(saved, asdict(self.config.model))
+        state.load(saved, self.replica, self.optimizer, saved.meta["step"])
+        self.step, self.samples, self.tokens = (saved.meta[k] for k in ("step", "samples", "tokens"))
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank has received SIGTERM; collective, so that all stop after the same step."""
+        asked = torch.tensor(int(self._asked_to_stop))
+        if self.world.size > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._asked_to_stop = True
+
+    @property
+    def _held_out(self) -> TokenDataset:
+        return self._open("held_out", 0.0)
+
+    def _open(self, split: str, fim_rate: float) -> TokenDataset:
+        data = self.config.data
+        return TokenDataset(
+            data.path,
+            split,
+            seed=self.config.train.seed,
+            fim_rate=fim_rate,
+            vocab_size=self.config.model.vocab_size,
+            verify=data.verify and self.world.is_main,
+        )
+
+    def _num_microbatches(self, size: int) -> int:
+        return size // (self.config.train.microbatch_size * self.mesh.config.dp)
+
+    def _schedule(self, num_microbatches: int):
+        return SCHEDULES[self.config.parallel.schedule](self.mesh.config.pp, num_microbatches)
+
+    def _make_executor(self, num_microbatches: int, training: bool) -> Executor:
+        schedule = self._schedule(num_microbatches)
+        if not training:
+            schedule = forward_only(schedule)
+        rank = self.mesh.at.pp
+        return Executor(schedule, lower(schedule).programs[rank], rank, self.replica.stages, self._p2p)
+
+    def _peak_memory_gb(self) -> float:
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:
+    """Raises CheckpointError naming the first key in which the checkpoint's model is another."""
+    for key, value in model.items():
+        if saved.meta["model"].get(key) != value:
+            raise checkpoint.CheckpointError(
+                f"{saved.folder} holds another model: its {key} is {saved.meta['model'].get(key)}, "
+                f"but model.{key}={value}; use another run.dir, or checkpoint.resume=false"
+            )
+
+
+def _check_batch(size: int, microbatch_size: int, dp: int) -> None:
+    if size % (microbatch_size * dp):
+        unit = microbatch_size * dp
+        raise ValueError(
+            f"train.global_batch_size={size} does not divide into microbatches of "
+            f"train.microbatch_size={microbatch_size} on dp={dp} pipelines: use a multiple of {unit}, "
+            f"such as {max(1, size // unit) * unit}"
+        )

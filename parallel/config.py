@@ -1,0 +1,42 @@
+"""`ParallelConfig`: how a run is laid over its ranks. The words of the command line; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.expert import DISPATCHERS
+from parallel.pipeline.schedules import SCHEDULES
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises ValueError with the choices when `value` is none of them."""
+    if value not in choices:  # type: ignore[operator]
+        raise ValueError(f"{name}={value}: expected one of {', '.join(map(str, choices))}")  # type: ignore[call-overload]
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
+
+    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1.
+    layers_per_stage: layers of each stage, in order; None balances them by cost.
+    ranks_per_node: ranks of one machine; routing groups are laid on nodes.
+    """
+
+    pp: int = 1
+    ep: int = 1
+    ranks_per_node: int = 8
+    schedule: str = "1f1b"
+    dispatcher: str = "local"
+    layers_per_stage: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.schedule", self.schedule, SCHEDULES)
+        check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
+        if self.ep > 1 and self.dispatcher == "local":
+            raise ValueError(
+                f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "
+                "use parallel.dispatcher=all_to_all or two_hop"
+            )

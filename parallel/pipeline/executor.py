@@ -1,0 +1,183 @@
+"""Runs one rank's lowered program: compute, send what is ready, receive early, wait late.
+
+The executor knows stages only through two verbs that return generators, so that a slot of one and a slot of two run
+alike:
+
+    stage.forward(mb, x)             runs microbatch `mb`, yields at each phase border, returns what the next stage
+    needs stage.backward(mb, grad, split)  the same for the backward; returns the gradient of `x`; split=True leaves W
+    for later stage.weight_grad(mb)            the W that a split backward left
+
+What an action waits for is `actions.depends_on`, and where sends and receives stand is `passes.lower`: the same
+schedule object that was validated and simulated. A send leaves as soon as its tensor exists, in the lowered order of
+its channel; a receive is posted one slot before the lowered program has it, and waited for by the action that first
+reads it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Generator, Mapping
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
+from parallel.pipeline.p2p import P2P, Spec
+
+Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it has just run
+
+
+class PipelineStage(Protocol):
+    @property
+    def output(self) -> Spec:
+        """What `forward` returns, and the gradient that `backward` is given, looks like; unused for the last stage."""
+        ...
+
+    def forward(self, mb: int, x: Tensor | None) -> Phases: ...
+    def backward(self, mb: int, grad: Tensor | None, split: bool) -> Phases: ...
+    def weight_grad(self, mb: int) -> None: ...
+
+
+class Ran(NamedTuple):
+    """One action as it ran, times in seconds of `perf_counter`: it was due at `start`, and computed from `ready` to
+    `end`."""
+
+    slot: int
+    action: Action
+    start: float
+    ready: float
+    end: float
+
+
+class Executor:
+    """One rank of a schedule, with the stages that it holds.
+
+    lowered: this rank's program after `passes.lower`. rank: my pipeline rank. stages: by stage index, exactly those
+    that the schedule places here. p2p: the channels to the other pipeline ranks. Raises ValueError when the stages are
+    not those of the placement.
+    """
+
+    def __init__(self, schedule: Schedule, lowered: Program, rank: int, stages: Mapping[int, PipelineStage], p2p: P2P):
+        if tuple(sorted(stages)) != schedule.stages_of(rank):
+            raise ValueError(
+                f"rank {rank} has stages {sorted(stages)}, but {schedule.name} places {schedule.stages_of(rank)} there"
+            )
+        self.schedule, self.rank, self.stages = schedule, rank, stages
+        self._program, self._p2p = lowered, p2p
+        self._outputs = {index: stage.output for index, stage in stages.items()}
+        self._inputs = p2p.negotiate(schedule, self._outputs)
+        self._source = {a: self._source_of(a) for slot in lowered for a in slot if a.op in (Op.F, Op.B, Op.I)}
+        self._values: dict[Action, Tensor] = {}  # by the action that made it, until the one action that reads it
+        self._arriving: dict[Action, tuple[Tensor, dist.Work]] = {}
+        self._unsent: dict[int, deque[Action]] = {}  # SEND actions by destination, in lowered order
+        self._posted = 0  # slots of the program whose receives are posted
+        self.ran: list[Ran] = []
+
+    def step(self) -> None:
+        """Runs the whole program once. `ran` then says what ran when."""
+        self.ran = []
+        self._unsent = defaultdict(deque)
+        for slot in self._program:
+            for a in slot:
+                if a.op in (Op.SEND_F, Op.SEND_B):
+                    self._unsent[self._peer(a)].append(a)
+        self._posted = 0
+        for index, slot in enumerate(self._program):
+            try:
+                self._run(index, slot)
+            except Exception as error:
+                where = f"{self.schedule.name} rank {self.rank}, slot {index} ({' '.join(map(str, slot))})"
+                raise PipelineError(f"{where}: {error}") from error
+        self._p2p.drain()
+        assert not self._values, "every result has one reader"
+
+    def _run(self, index: int, slot: Slot) -> None:
+        self._post_receives(index + 2)
+        if slot[0].op > Op.W:
+            return
+        for action in slot:
+            start = perf_counter()
+            x = self._take(action)
+            ready = perf_counter()
+            self._finish(action, self._compute(action, x))
+            self.ran.append(Ran(index, action, start, ready, perf_counter()))
+
+    def _compute(self, action: Action, x: Tensor | None) -> Tensor | None:
+        stage = self.stages[action.stage]
+        if action.op is Op.W:
+            stage.weight_grad(action.mb)
+            return None
+        if action.op is Op.F:
+            return _exhaust(stage.forward(action.mb, x))
+        return _exhaust(stage.backward(action.mb, x, split=action.op is Op.I))
+
+    def _source_of(self, action: Action) -> Action | None:
+        """The action of the neighbouring stage whose tensor `action` reads."""
+        return next((d for d in depends_on(action, self.schedule) if d.stage != action.stage), None)
+
+    def _take(self, action: Action) -> Tensor | None:
+        source = self._source.get(action)
+        if source is None:
+            return None
+        if source in self._values:
+            return self._values.pop(source)
+        tensor, work = self._arriving.pop(source)
+        work.wait()
+        return tensor
+
+    def _finish(self, action: Action, result: Tensor | None) -> None:
+        """Keeps the result for its reader on this rank, or sends all that its channel's order now allows."""
+        if result is None:
+            return
+        self._values[action] = result
+        reader = action.stage + (1 if action.op is Op.F else -1)
+        dst = self.schedule.rank_of(reader, action.mb)
+        if dst == self.rank:
+            return
+        unsent = self._unsent[dst]
+        while unsent and (made := self._made_by(unsent[0])) in self._values:
+            unsent.popleft()
+            self._p2p.send(self._values.pop(made), dst)
+
+    def _made_by(self, send: Action) -> Action:
+        """The compute action on this rank whose result `send` sends."""
+        if send.op is Op.SEND_F:
+            return Action(send.stage, Op.F, send.mb)
+        split = (send.stage, send.mb) in self.schedule.split_backwards
+        return Action(send.stage, Op.I if split else Op.B, send.mb)
+
+    def _post_receives(self, end: int) -> None:
+        """Posts the receives of all slots before `end` that are not posted yet."""
+        for slot in self._program[self._posted : end]:
+            for a in slot:
+                if a.op in (Op.RECV_F, Op.RECV_B):
+                    self._post(a)
+        self._posted = max(self._posted, end)
+
+    def _post(self, receive: Action) -> None:
+        stage, op, mb = receive
+        if op is Op.RECV_F:
+            source, spec = Action(stage - 1, Op.F, mb), self._inputs[stage]
+        else:
+            split = (stage + 1, mb) in self.schedule.split_backwards
+            source, spec = Action(stage + 1, Op.I if split else Op.B, mb), self._outputs[stage]
+        self._arriving[source] = self._p2p.receive(self._peer(receive), spec)
+
+    def _peer(self, action: Action) -> int:
+        step = 1 if action.op in (Op.SEND_F, Op.RECV_B) else -1
+        return self.schedule.rank_of(action.stage + step, action.mb)
+
+
+class PipelineError(RuntimeError):
+    """An action failed; the message names schedule, rank, slot and cause."""
+
+
+def _exhaust(phases: Phases) -> Tensor | None:
+    """Runs all phases in turn; what a slot of one does."""
+    while True:
+        try:
+            next(phases)
+        except StopIteration as done:
+            return done.value

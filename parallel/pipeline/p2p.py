@@ -1,0 +1,105 @@
+"""Tensors between the ranks of a pipeline: no tags, no global shapes, nothing waited for before it is needed.
+
+Messages between two ranks are told apart by their order alone, as NCCL demands: each ordered pair of ranks is a
+first-in first-out channel, and the lowered schedule names the same order on both sides. Traffic to higher ranks and
+traffic to lower ranks travel in two process groups, so that under NCCL a send never queues behind a receive whose
+partner is not ready.
+
+What crosses each stage border - shape and dtype - is negotiated once, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.pipeline.actions import Schedule
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEADER = 8  # dtype code, number of dims, up to six dims
+_WINDOW = 8  # tensors under way to one rank before the oldest is waited for; gloo cannot say that a send has ended
+
+
+class Spec(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class P2P:
+    """This pipeline rank's channels to the others.
+
+    ranks: world rank of every pipeline rank. rank: mine among them. up, down: process groups over `ranks` for messages
+    to higher and to lower pipeline ranks (both None in a pipeline of one, which never sends).
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        up: dist.ProcessGroup | None,
+        down: dist.ProcessGroup | None,
+        device: torch.device,
+    ):
+        self._ranks, self._rank, self._up, self._down, self._device = tuple(ranks), rank, up, down, device
+        self._sending: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
+        self.bytes_sent = 0
+
+    def negotiate(self, schedule: Schedule, outputs: Mapping[int, Spec]) -> dict[int, Spec]:
+        """Tells every next stage what the stages here send; returns what the stages here receive, by stage.
+
+        outputs: shape and dtype of the hidden state that each stage on this rank hands on. Collective over the
+        pipeline.
+        """
+        inputs: dict[int, Spec] = {}
+        for route in schedule.placement:
+            for stage, (src, dst) in enumerate(pairwise(route)):
+                if src == dst == self._rank:
+                    inputs[stage + 1] = outputs[stage]
+                elif src == self._rank:
+                    shape, dtype = outputs[stage]
+                    header = [_DTYPES.index(dtype), len(shape), *shape]
+                    header += [0] * (_HEADER - len(header))
+                    dist.send(torch.tensor(header, device=self._device), self._ranks[dst], group=self._group(dst))
+                elif dst == self._rank:
+                    received = torch.zeros(_HEADER, dtype=torch.int64, device=self._device)
+                    dist.recv(received, self._ranks[src], group=self._group(src, receiving=True))
+                    code, num_dims, *dims = received.tolist()
+                    inputs[stage + 1] = Spec(tuple(dims[:num_dims]), _DTYPES[code])
+        return inputs
+
+    def send(self, tensor: Tensor, dst: int) -> None:
+        """Starts sending `tensor` to pipeline rank `dst`."""
+        tensor = tensor.detach().contiguous()
+        sending = self._sending[dst]
+        while sending and sending[0][0].is_completed():
+            sending.popleft()
+        if len(sending) >= _WINDOW:
+            sending.popleft()[0].wait()
+        work = dist.isend(tensor, self._ranks[dst], group=self._group(dst))
+        assert work is not None
+        sending.append((work, tensor))  # the tensor must outlive the send
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+
+    def receive(self, src: int, spec: Spec) -> tuple[Tensor, dist.Work]:
+        """Posts the receive of the next tensor from pipeline rank `src`; wait for the work before reading it."""
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        work = dist.irecv(tensor, self._ranks[src], group=self._group(src, receiving=True))
+        assert work is not None
+        return tensor, work
+
+    def drain(self) -> None:
+        """Waits until every tensor that was sent has left."""
+        for sending in self._sending.values():
+            while sending:
+                sending.popleft()[0].wait()
+
+    def _group(self, peer: int, receiving: bool = False) -> dist.ProcessGroup | None:
+        return self._up if (peer > self._rank) != receiving else self._down
