@@ -27,7 +27,7 @@ BLOCK_128X128: Block = (TILE, TILE)
 WHOLE_TENSOR: Block = (0, 0)
 
 # Last words of module names, as in the published checkpoints.
-HIGH_PRECISION = ("embed_tokens", "lm_head", "gate", "eh_proj", "norm", "layernorm", "core_attention")
+HIGH_PRECISION = ("embed_tokens", "lm_head", "gate", "core_attention")
 ATTENTION_OUTPUT = ("o_proj",)
 EXPERTS_UP = ("gate_up_proj", "gate_proj", "up_proj")
 EXPERTS_DOWN = ("down_proj",)

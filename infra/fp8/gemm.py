@@ -1,0 +1,110 @@
+"""Matrix products of FP8 operands: one interface, a back end by name, and the reference that all must agree with.
+
+A linear layer needs three products, and each is "rows of a times rows of b", both contiguous along the dimension that
+is summed over, as Hopper's FP8 tensor cores want them:
+
+    dense            d_MN  = a_MK b_NK^T           fprop, dgrad and wgrad of one matrix
+    grouped_by_rows  d_RN  = a_RK b_e^T            fprop and dgrad of experts: rows are sorted by expert
+    grouped_by_k     d_EMN = a_e b_e^T             wgrad of experts: columns of a and b are sorted by expert, and each
+                                                   expert's start at a multiple of 128 (`quantize.transpose_cast`)
+
+`reference` multiplies the very E4M3 values and runs anywhere. Products of E4M3 values are exact in FP32; their sum is
+rounded to FP32 as it grows, with an error of at most K 2^-24 of the sum of their magnitudes. It can also model Hopper's
+tensor core: an instruction sums 32 products, and the running sum keeps 14 significand bits, the rest cut off. The model
+cuts after each instruction; the bits that hardware loses inside one are not modelled.
+
+Letters: M, N rows of a and b; K summed over; R rows of all experts, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from infra.fp8.quantize import Quantized, aligned_counts, dequantize
+from infra.fp8.recipe import Recipe
+
+INSTRUCTION_K = 32  # products along K in one FP8 tensor core instruction
+
+
+class Gemm(Protocol):
+    """The three products. Outputs are `dtype`, sums FP32. `num_tokens_per_expert_E` is int64; an expert may have no
+    rows.
+    """
+
+    def dense(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor: ...
+
+    def grouped_by_rows(
+        self, a_RK: Quantized, b_ENK: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
+    ) -> Tensor: ...
+
+    def grouped_by_k(
+        self, a_MR: Quantized, b_NR: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
+    ) -> Tensor: ...
+
+
+def limited_sum(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int | None) -> Tensor:
+    """FP32 a b^T with a running sum of `bits` significand bits, promoted to FP32 every `promote_every` products along
+    K.
+    """
+    dropped = -(1 << (24 - bits))  # a mask: cuts an FP32 number to `bits` bits, towards zero
+    total = a_MK.new_zeros(a_MK.shape[0], b_NK.shape[0])
+    running = torch.zeros_like(total)
+    num_instructions = -(-a_MK.shape[1] // INSTRUCTION_K)
+    for i, (a, b) in enumerate(zip(a_MK.split(INSTRUCTION_K, 1), b_NK.split(INSTRUCTION_K, 1), strict=True), start=1):
+        running.addmm_(a, b.t())
+        running.view(torch.int32).bitwise_and_(dropped)
+        if i == num_instructions or (promote_every and i * INSTRUCTION_K % promote_every == 0):
+            total += running
+            running.zero_()
+    return total
+
+
+class ReferenceGemm:
+    """Real E4M3 values, exact products, FP32 sums - or the sums of a tensor core with `recipe.accumulator_bits`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.bits, self.promote_every = recipe.accumulator_bits, recipe.promote_every
+
+    def _product(self, a_MK: Tensor, b_NK: Tensor) -> Tensor:
+        if self.bits is None:
+            return a_MK @ b_NK.t()
+        return limited_sum(a_MK, b_NK, self.bits, self.promote_every)
+
+    def dense(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+        return self._product(dequantize(a), dequantize(b)).to(dtype)
+
+    def grouped_by_rows(
+        self, a_RK: Quantized, b_ENK: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        groups = dequantize(a_RK).split(num_tokens_per_expert_E.tolist())
+        return torch.cat([self._product(a, b) for a, b in zip(groups, dequantize(b_ENK), strict=True)]).to(dtype)
+
+    def grouped_by_k(
+        self, a_MR: Quantized, b_NR: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        sizes = aligned_counts(num_tokens_per_expert_E).tolist()
+        groups = zip(dequantize(a_MR).split(sizes, 1), dequantize(b_NR).split(sizes, 1), strict=True)
+        return torch.stack([self._product(a, b) for a, b in groups]).to(dtype)
+
+
+def _scaled_mm(recipe: Recipe) -> Gemm:
+    from infra.fp8.gemm_cuda import ScaledMmGemm
+
+    return ScaledMmGemm(recipe)
+
+
+def _deep_gemm(recipe: Recipe) -> Gemm:
+    from infra.fp8.gemm_cuda import DeepGemm
+
+    return DeepGemm(recipe)
+
+
+GEMMS: dict[str, Callable[[Recipe], Gemm]] = {
+    "reference": ReferenceGemm,
+    "scaled_mm": _scaled_mm,
+    "deep_gemm": _deep_gemm,
+}
