@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from model.dispatch import LocalDispatcher
 from parallel.expert import DISPATCHERS
 from parallel.expert.dispatcher import DispatchConfig
 from parallel.mesh import Mesh, MeshConfig
@@ -120,3 +123,50 @@ def test_local_needs_no_process_group():
     for name in ("local", "all_to_all", "two_hop"):
         dispatcher = DISPATCHERS[name](mesh, DispatchConfig(NUM_EXPERTS))
         assert worst_error(dispatcher, mesh, problem, make_experts(NUM_EXPERTS, HIDDEN)) < 1e-12
+
+
+def _random_routings(rank: int, world_size: int, ranks_per_node: int, num_examples: int) -> int:
+    """The same examples on every rank, drawn by hypothesis from one seed, each against the model's own dispatcher."""
+    mesh = Mesh(MeshConfig(ep=world_size, ranks_per_node=ranks_per_node, world=world_size))
+    dispatchers = [DISPATCHERS[name](mesh, DispatchConfig(8)) for name in ("all_to_all", "two_hop")]
+    scale_E1 = torch.arange(1, 9, dtype=torch.float64).unsqueeze(1)
+    mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    seen = 0
+
+    def run(dispatcher, scale_E1: Tensor, problem: Problem) -> list[Tensor]:
+        x, weights = problem.x_TD.clone().requires_grad_(), problem.topk_weights_TK.clone().requires_grad_()
+        routed = dispatcher.dispatch(x, problem.topk_idx_TK, weights)
+        scale_R1 = scale_E1.repeat_interleave(routed.num_tokens_per_expert_E, 0)
+        y = dispatcher.combine((routed.x_RD * scale_R1).tanh() * routed.weights_R.unsqueeze(1), routed.handle)
+        return [y.detach(), *torch.autograd.grad(y, (x, weights), problem.gy_TD)]
+
+    @settings(max_examples=num_examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+    @given(st.data())
+    def check(data) -> None:
+        nonlocal seen
+        top_k = data.draw(st.integers(1, 5))
+        choices = st.lists(st.lists(st.integers(0, 7), min_size=top_k, max_size=top_k), max_size=5)
+        routing = data.draw(st.tuples(*[choices] * world_size))[rank]  # an expert may even be chosen twice
+        generator = torch.Generator().manual_seed(seen * world_size + rank)
+        x, gy = torch.randn(2, len(routing), 3, dtype=torch.float64, generator=generator)
+        weights = torch.randn(len(routing), top_k, dtype=torch.float64, generator=generator)
+        problem = Problem(x, torch.tensor(routing, dtype=torch.int64).view(-1, top_k), weights, gy)
+        wanted = run(LocalDispatcher(8), scale_E1, problem) if routing else [x, x, weights]
+        for dispatcher in dispatchers:
+            for found, right in zip(run(dispatcher, scale_E1[mine], problem), wanted, strict=True):
+                torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
+        seen += 1
+
+    check()
+    return seen
+
+
+@pytest.mark.parametrize(("world_size", "ranks_per_node", "num_examples"), [(4, 2, 60)])
+def test_random_routings_equal_the_local_dispatcher(world_size, ranks_per_node, num_examples):
+    assert run_ranks(world_size, _random_routings, ranks_per_node, num_examples) == [num_examples] * world_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, 1), (4, 2)])
+def test_a_thousand_random_routings_equal_the_local_dispatcher(world_size, ranks_per_node):
+    assert run_ranks(world_size, _random_routings, ranks_per_node, 1000) == [1000] * world_size
