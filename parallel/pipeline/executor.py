@@ -1,16 +1,16 @@
 """Runs one rank's lowered program: compute, send what is ready, receive early, wait late.
 
-The executor knows stages only through two verbs that return generators, so that a slot of one and a slot of two run
-alike:
+The executor knows stages through three verbs; the first two are generators that yield at each phase border, so that a
+slot of one and a slot of two run alike:
 
-    stage.forward(mb, x)             runs microbatch `mb`, yields at each phase border, returns what the next stage
-    needs stage.backward(mb, grad, split)  the same for the backward; returns the gradient of `x`; split=True leaves W
-    for later stage.weight_grad(mb)            the W that a split backward left
+    stage.forward(mb, x)              runs microbatch `mb`; returns what the next stage needs
+    stage.backward(mb, grad, split)   returns the gradient of `x`; split=True leaves W for later
+    stage.weight_grad(mb)             the W that a split backward left
 
 What an action waits for is `actions.depends_on`, and where sends and receives stand is `passes.lower`: the same
-schedule object that was validated and simulated. A send leaves as soon as its tensor exists, in the lowered order of
-its channel; a receive is posted one slot before the lowered program has it, and waited for by the action that first
-reads it.
+schedule object that was validated and simulated. A full B is its I and then its W, so that its input gradient leaves
+between the two. A send leaves as soon as its tensor exists, in the lowered order of its channel; a receive is posted
+one slot before the lowered program has it, and waited for by the action that first reads it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Generator, Mapping
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
 from parallel.pipeline.p2p import P2P, Spec
+from parallel.pipeline.timeline import Span
+
+_A_WAIT = 1e-4  # seconds from which a receive counts as waited for
 
 Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it has just run
 
@@ -38,17 +41,6 @@ class PipelineStage(Protocol):
     def forward(self, mb: int, x: Tensor | None) -> Phases: ...
     def backward(self, mb: int, grad: Tensor | None, split: bool) -> Phases: ...
     def weight_grad(self, mb: int) -> None: ...
-
-
-class Ran(NamedTuple):
-    """One action as it ran, times in seconds of `perf_counter`: it was due at `start`, and computed from `ready` to
-    `end`."""
-
-    slot: int
-    action: Action
-    start: float
-    ready: float
-    end: float
 
 
 class Executor:
@@ -73,11 +65,12 @@ class Executor:
         self._arriving: dict[Action, tuple[Tensor, dist.Work]] = {}
         self._unsent: dict[int, deque[Action]] = {}  # SEND actions by destination, in lowered order
         self._posted = 0  # slots of the program whose receives are posted
-        self.ran: list[Ran] = []
+        self._num_computed = 0
+        self.spans: list[Span] = []
 
     def step(self) -> None:
-        """Runs the whole program once. `ran` then says what ran when."""
-        self.ran = []
+        """Runs the whole program once. `spans` then says what ran when, in seconds of `perf_counter`."""
+        self.spans, self._num_computed = [], 0
         self._unsent = defaultdict(deque)
         for slot in self._program:
             for a in slot:
@@ -98,34 +91,41 @@ class Executor:
         if slot[0].op > Op.W:
             return
         for action in slot:
+            due = perf_counter()
+            x, source = self._take(action)
             start = perf_counter()
-            x = self._take(action)
-            ready = perf_counter()
             self._finish(action, self._compute(action, x))
-            self.ran.append(Ran(index, action, start, ready, perf_counter()))
+            left = perf_counter()
+            if action.op is Op.B and action.stage > 0:
+                self.stages[action.stage].weight_grad(action.mb)
+            waited_for = source if start - due > _A_WAIT else None
+            self.spans.append(Span(self.rank, self._num_computed, action, start, perf_counter(), left, waited_for))
+        self._num_computed += 1
 
     def _compute(self, action: Action, x: Tensor | None) -> Tensor | None:
+        """The part of an action that others may wait for: all of it but the W of a B."""
         stage = self.stages[action.stage]
         if action.op is Op.W:
             stage.weight_grad(action.mb)
             return None
         if action.op is Op.F:
             return _exhaust(stage.forward(action.mb, x))
-        return _exhaust(stage.backward(action.mb, x, split=action.op is Op.I))
+        return _exhaust(stage.backward(action.mb, x, split=action.op is Op.I or action.stage > 0))
 
     def _source_of(self, action: Action) -> Action | None:
         """The action of the neighbouring stage whose tensor `action` reads."""
         return next((d for d in depends_on(action, self.schedule) if d.stage != action.stage), None)
 
-    def _take(self, action: Action) -> Tensor | None:
+    def _take(self, action: Action) -> tuple[Tensor | None, Action | None]:
+        """The tensor that `action` reads, waited for if need be, and the action that made it, if on another rank."""
         source = self._source.get(action)
         if source is None:
-            return None
+            return None, None
         if source in self._values:
-            return self._values.pop(source)
+            return self._values.pop(source), None
         tensor, work = self._arriving.pop(source)
         work.wait()
-        return tensor
+        return tensor, source
 
     def _finish(self, action: Action, result: Tensor | None) -> None:
         """Keeps the result for its reader on this rank, or sends all that its channel's order now allows."""

@@ -1,0 +1,133 @@
+"""Checkpoints are whole or absent: round trips, damage of every kind, full disks, several ranks."""
+
+import os
+import pickle
+import random
+
+import pytest
+import torch
+
+from infra import checkpoint
+from infra.checkpoint import Checkpoint, CheckpointError
+from tests.ranks import run_ranks
+
+
+def _tensors(rank: int) -> dict:
+    return {f"rank{rank}.a": torch.arange(6.0).view(2, 3) + rank, f"rank{rank}.b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def test_what_is_saved_is_read(tmp_path):
+    folder = checkpoint.save(tmp_path, 7, _tensors(0), {"samples": 70}, keep=2)
+    saved = Checkpoint(folder)
+    saved.verify()
+    assert folder.name == "step_7"
+    assert saved.meta == {"samples": 70, "step": 7}
+    read = saved.read(saved.keys)
+    assert set(read) == set(_tensors(0))
+    for name, tensor in _tensors(0).items():
+        assert torch.equal(read[name], tensor)
+        assert read[name].dtype == tensor.dtype
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, _tensors(0), {}, keep=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_2", "step_10"}
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_10"
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def _save_on_ranks(rank, world_size, root):
+    checkpoint.save(root, 3, _tensors(rank), {}, keep=1)
+
+
+def test_every_rank_contributes(tmp_path):
+    run_ranks(3, _save_on_ranks, tmp_path)
+    assert Checkpoint(tmp_path / "step_3").keys == {f"rank{r}.{x}" for r in range(3) for x in "ab"}
+
+
+def _save_with_one_full_disk(rank, world_size, root):
+    if rank == 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device", str(root))
+
+        checkpoint.save_file = full
+    with pytest.raises(OSError, match="No space left" if rank == 1 else "other ranks could not write"):
+        checkpoint.save(root, 4, _tensors(rank), {}, keep=1)
+
+
+def test_a_full_disk_on_one_rank_fails_on_all_and_keeps_the_old(tmp_path):
+    run_ranks(3, _save_on_ranks, tmp_path)
+    run_ranks(3, _save_with_one_full_disk, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+    Checkpoint(tmp_path / "step_3").verify()
+
+
+def _die_in_save(rank, world_size, root):
+    def die(*_):
+        os._exit(9)
+
+    checkpoint._publish = die
+    checkpoint.save(root, 4, _tensors(rank), {}, keep=1)
+
+
+def test_a_kill_before_the_rename_leaves_the_old_one(tmp_path):
+    checkpoint.save(tmp_path, 3, _tensors(0), {}, keep=1)
+    with pytest.raises(AssertionError, match="died with exit code 9"):
+        run_ranks(1, _die_in_save, tmp_path)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_3"
+    checkpoint.save(tmp_path, 4, _tensors(0), {}, keep=1)  # and what it left half-written is in nobody's way
+    assert [p.name for p in tmp_path.iterdir()] == ["step_4"]
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+    """200 random places over all files: each damage is detected, and the one before is taken, with a warning."""
+    rng = random.Random(1)
+    checkpoint.save(tmp_path, 1, _tensors(0), {}, keep=2)
+    folder = checkpoint.save(tmp_path, 2, _tensors(0), {}, keep=2)
+    files = sorted(folder.iterdir())
+    for _ in range(200):
+        file = rng.choice(files)
+        whole = file.read_bytes()
+        place = rng.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(bytes(flipped) if rng.random() < 0.5 else whole[:place])
+        with pytest.raises(CheckpointError, match=r"step_2"):
+            Checkpoint(folder).verify()
+        with pytest.warns(UserWarning, match=r"damaged"):
+            assert checkpoint.newest(tmp_path) == tmp_path / "step_1"
+        file.write_bytes(whole)
+    Checkpoint(folder).verify()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, _tensors(0), {}, keep=1)
+    (folder / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors is missing"):
+        Checkpoint(folder).verify()
+
+
+def test_a_missing_key_says_so(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, _tensors(0), {}, keep=1)
+    with pytest.raises(CheckpointError, match=r"has no other"):
+        Checkpoint(folder).read(["other"])
+
+
+class _Trap:
+    def __reduce__(self):
+        return (os._exit, (66,))
+
+
+def test_a_planted_pickle_is_not_run(tmp_path):
+    folder = checkpoint.save(tmp_path, 1, _tensors(0), {}, keep=1)
+    for file in folder.iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(pickle.dumps(_Trap()))
+        with pytest.raises(CheckpointError):
+            Checkpoint(folder).verify()
+        file.write_bytes(whole)

@@ -1,0 +1,44 @@
+"""Small training runs for tests: a few documents, a tiny model, any layout, on forked ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from conf.schema import Config, OptimConfig, PrecisionConfig, TrainConfig
+from infra.data import DataConfig
+from infra.distributed import World
+from infra.lr import LRConfig
+from infra.prepare import PrepareConfig, prepare
+from launch.trainer import Trainer
+from parallel.config import ParallelConfig
+from tests.parallel.layouts import tiny
+
+
+def small_data(folder: Path) -> Path:
+    """A hundred short documents, prepared with the byte tokenizer."""
+    source = folder / "source"
+    source.mkdir()
+    for i in range(100):
+        (source / f"{i}.txt").write_text(f"document {i}: " + " ".join(str(i * k % 97) for k in range(20)))
+    prepare(PrepareConfig(source=str(source / "*.txt"), out=str(folder / "data"), held_out=0.1, workers=1), quiet=True)
+    return folder / "data"
+
+
+def config(data: Path, *, precision: str = "fp64", steps: int = 20, model=None, train=None, **parallel) -> Config:
+    return Config(
+        model=model or tiny(vocab_size=320, initializer_range=0.1),
+        parallel=ParallelConfig(**parallel),
+        precision=PrecisionConfig(precision),
+        data=DataConfig(path=str(data), sequence_length=24),
+        train=TrainConfig(**({"steps": steps, "global_batch_size": 8, "eval_samples": 8} | (train or {}))),
+        optim=OptimConfig(lr=LRConfig(peak=1e-2, warmup_steps=2)),
+    )
+
+
+def train(rank: int, world_size: int, config: Config, steps: int) -> list[dict]:
+    """The records of `steps` steps, and of an evaluation at the end; run it through `run_ranks`."""
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    records = [trainer.train_step()[0] for _ in range(steps)]
+    return [*records, trainer.evaluate()]
