@@ -118,7 +118,8 @@ class ChainDispatcher(Dispatcher):
         if self.hops:
             return self.lane.start(task, *args)
         with torch.no_grad():
-            return Pending.ready(task(*args))
+            result = task(*args)
+        return Pending(lambda: result)
 
     def _plan(self, topk_idx_TK: Tensor, topk_weights_TK: Tensor) -> Plan:
         """Sends each pair to the rank of its expert, hop by hop, and notes which rows have to follow."""

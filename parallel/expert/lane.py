@@ -22,25 +22,8 @@ T = TypeVar("T")
 class Pending(Generic[T]):
     """A result on its way. `wait()` returns it, or raises what its task raised; it may be called more than once."""
 
-    def __init__(self) -> None:
-        self._future: Future[T] = Future()
-        self._done: torch.cuda.Event | None = None
-
-    @classmethod
-    def ready(cls, value: T) -> Pending[T]:
-        """A result that is already there."""
-        pending: Pending[T] = cls()
-        pending._future.set_result(value)
-        return pending
-
-    def wait(self) -> T:
-        value = self._future.result()
-        if self._done is not None:
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)
-            for tensor in _cuda_tensors(value):
-                tensor.record_stream(stream)  # allocated on the lane's stream, used on this one
-        return value
+    def __init__(self, wait: Callable[[], T]):
+        self.wait = wait
 
 
 def _cuda_tensors(value: Any) -> list[torch.Tensor]:
@@ -57,33 +40,44 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def start(self, task: Callable[..., T], *args: Any) -> Pending[T]:
+    def start(self, task: Callable[..., T], *args: torch.Tensor) -> Pending[T]:
         """Starts `task(*args)` after all tasks started before it."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="dispatch lane", daemon=True)
             self._thread.start()
-        pending: Pending[T] = Pending()
-        inputs = _cuda_tensors(args)
-        device = inputs[0].device if inputs else None
-        self._tasks.put((pending, task, args, device, torch.cuda.current_stream().record_event() if inputs else None))
-        return pending
+        future: Future[tuple[T, torch.cuda.Event | None]] = Future()
+        on_cuda = any(t.is_cuda for t in args)
+        self._tasks.put((future, task, args, torch.cuda.current_stream().record_event() if on_cuda else None))
+
+        def wait() -> T:
+            result, done = future.result()
+            if done is not None:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(done)
+                for tensor in _cuda_tensors(result):
+                    tensor.record_stream(stream)  # made on the lane's stream, used on this one
+            return result
+
+        return Pending(wait)
 
     def _run(self) -> None:
         with torch.no_grad():
             while True:
-                pending, task, args, device, inputs_ready = self._tasks.get()
+                future, task, args, inputs_ready = self._tasks.get()
                 try:
-                    if inputs_ready is None:
-                        result = task(*args)
-                    else:
-                        self._stream = self._stream or torch.cuda.Stream(device)
-                        with torch.cuda.stream(self._stream):
-                            self._stream.wait_event(inputs_ready)
-                            result = task(*args)
-                            for tensor in _cuda_tensors(args):
-                                tensor.record_stream(self._stream)
-                            pending._done = self._stream.record_event()
-                    pending._future.set_result(result)
+                    future.set_result(
+                        (task(*args), None) if inputs_ready is None else self._on_stream(task, args, inputs_ready)
+                    )
                 except BaseException as error:  # raised where the result is waited for
-                    pending._future.set_exception(error)
-                pending = task = args = result = None  # keep no tensor alive while idle
+                    future.set_exception(error)
+                del future, task, args  # keep no tensor alive while idle
+
+    def _on_stream(self, task: Callable, args: tuple, inputs_ready: torch.cuda.Event) -> tuple[Any, torch.cuda.Event]:
+        device = args[0].device
+        self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(self._stream):
+            self._stream.wait_event(inputs_ready)
+            result = task(*args)
+            for tensor in args:
+                tensor.record_stream(self._stream)
+            return result, self._stream.record_event()
