@@ -112,6 +112,12 @@ def start(timeout_s: float = 600.0) -> World:
     return World(rank, size, device)
 
 
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
 def stop() -> None:
     """Ends the process group, if there is one."""
     if dist.is_initialized():

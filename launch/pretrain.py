@@ -7,7 +7,10 @@ python launch/pretrain.py ...                      # one rank
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config, register
@@ -22,24 +25,16 @@ register()
 def main(settings: DictConfig) -> None:
     config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     from infra import distributed
-    from launch.run_folder import open_run_folder, prepare_data
+    from launch.fit import fit, prepare_data, write_config
     from launch.trainer import Trainer
 
     world = distributed.start()
-    try:
-        prepare_data(config, world)
-        trainer = Trainer(config, world)
-        with open_run_folder(config, trainer) as run:
-            while trainer.step < config.train.steps and not trainer.asked_to_stop():
-                record, histograms = trainer.train_step()
-                if run.is_evaluation_due(trainer.step):
-                    record |= trainer.evaluate()
-                run.write(record, histograms)
-                if run.is_checkpoint_due(trainer.step):
-                    run.save()
-            run.finish()
-    finally:
-        distributed.stop()
+    prepare_data(config, world)
+    trainer = Trainer(config, world)
+    if world.is_main:
+        write_config(Path(config.run.dir), settings, list(HydraConfig.get().overrides.task))
+    fit(trainer)
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -129,10 +129,10 @@ class Executor:
 
     def _finish(self, action: Action, result: Tensor | None) -> None:
         """Keeps the result for its reader on this rank, or sends all that its channel's order now allows."""
-        if result is None:
+        reader = action.stage + (1 if action.op is Op.F else -1)
+        if result is None or not 0 <= reader < self.schedule.num_stages:
             return
         self._values[action] = result
-        reader = action.stage + (1 if action.op is Op.F else -1)
         dst = self.schedule.rank_of(reader, action.mb)
         if dst == self.rank:
             return

@@ -1,0 +1,101 @@
+"""A run in its folder: resume, train, evaluate, checkpoint, and say at the end where everything lies.
+
+run.dir/config.yaml      the resolved configuration, with the git revision and the overrides of the command line
+run.dir/metrics.jsonl    one record a step                                                  (infra/metrics.py)
+run.dir/tensorboard/
+run.dir/checkpoints/     step_<n>                                                           (infra/checkpoint.py)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from conf.schema import Config
+from infra import checkpoint
+from infra.distributed import World, barrier
+from infra.metrics import Metrics
+from infra.prepare import prepare_default
+from launch.trainer import Trainer
+
+DEFAULT_DATA = Path("data/python_stdlib")
+
+
+def prepare_data(config: Config, world: World) -> None:
+    """Where no data is named, makes the default data set on first use, by the first rank while the others wait."""
+    if config.data.path:
+        return
+    config.data.path = str(DEFAULT_DATA)
+    if world.is_main:
+        prepare_default(DEFAULT_DATA, config.data.held_out)
+    barrier()
+
+
+def write_config(folder: Path, settings: DictConfig, overrides: list[str]) -> None:
+    """Writes config.yaml, headed by what made it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    head = f"# revision: {revision.stdout.strip() or 'unknown'}\n# overrides: {' '.join(overrides)}\n"
+    beside = folder / ".config.yaml.writing"
+    beside.write_text(head + OmegaConf.to_yaml(settings, resolve=True))
+    os.replace(beside, folder / "config.yaml")
+
+
+def fit(trainer: Trainer) -> None:
+    """Trains to the last step, or to a SIGTERM; either way the last whole step is saved. Collective."""
+    config, world = trainer.config, trainer.world
+    folder = Path(config.run.dir)
+    checkpoints = folder / "checkpoints"
+    resume(trainer, checkpoints)
+    due = config.checkpoint.every
+    last_saved = trainer.step
+    with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics:
+        while trainer.step < config.train.steps and not trainer.asked_to_stop():
+            record, histograms = trainer.train_step()
+            is_last = trainer.step == config.train.steps
+            if is_last or (config.train.eval_every and trainer.step % config.train.eval_every == 0):
+                record |= trainer.evaluate()
+            if metrics:
+                metrics.write(record, histograms)
+            if due and trainer.step % due == 0 and not is_last:
+                trainer.save(checkpoints)
+                last_saved = trainer.step
+        if trainer.step > last_saved:
+            trainer.save(checkpoints)
+        if metrics:
+            metrics.finish(_places(trainer, checkpoints))
+
+
+def resume(trainer: Trainer, checkpoints: Path) -> None:
+    """Continues from the newest whole checkpoint, if there is one and the config wants it."""
+    config = trainer.config
+    existing = sorted(checkpoints.glob("step_*"))
+    if existing and not config.checkpoint.resume:
+        raise ValueError(
+            f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
+            "choose another run.dir, or checkpoint.resume=true to go on with that one"
+        )
+    newest = checkpoint.newest(checkpoints)
+    if newest is not None:
+        trainer.load(newest)
+
+
+def _metrics(trainer: Trainer, folder: Path) -> Metrics:
+    train = trainer.config.train
+    return Metrics(folder, train.steps, done=trainer.step, log_every=train.log_every)
+
+
+def _places(trainer: Trainer, checkpoints: Path) -> dict[str, Any]:
+    places: dict[str, Any] = {"config": checkpoints.parent / "config.yaml"}
+    newest = checkpoints / f"step_{trainer.step}"
+    if newest.exists():
+        places["checkpoint"] = newest
+        places["sample"] = f"python launch/generate.py checkpoint={newest}"
+    return places
