@@ -22,6 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 _ROOT = Path(__file__).resolve().parents[1]
+_TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
 _OURS = {"conf", "infra", "launch", "model", "parallel"}
 
 
@@ -34,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except Exception as error:
         line = explain(error)
-        if line is None or before == "1":
+        if line is None or _TRACES:
             raise
         sys.exit(f"error: {line}")
     finally:
@@ -48,10 +49,10 @@ def explain(error: Exception) -> str | None:
     """One line for an error about the input; None for an error nobody raised on purpose."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _one_line(_explain_option(error))
-    if isinstance(error, OSError) and error.filename is not None and _raised_here(error):
+    if isinstance(error, OSError) and error.filename is not None:
         return _one_line(f"{error.filename}: {error.strerror}")
     if isinstance(error, ValueError | ImportError) and _raised_here(error):
-        return _one_line(str(error))
+        return str(error).partition("\n")[0]  # what follows the first line is for those who ask, as a schedule's grid
     return None
 
 
@@ -63,7 +64,7 @@ def _explain_option(error: Exception) -> str:
         return str(error)
     option, complaint = str(cause.full_key), str(cause.msg or cause).splitlines()[0]
     if isinstance(cause, AttributeError | KeyError):  # OmegaConf's errors for a key that is not there
-        known = [str(key) for key in cause.parent_node or ()]
+        known = [str(key) for key in cause.parent_node or () if key != "hydra"]
         *parents, key = option.split(".")
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {'.'.join([*parents, near[0]])}?" if near else f"there are {', '.join(sorted(known))}"

@@ -54,7 +54,27 @@ def test_a_bug_keeps_its_trace() -> None:
 def test_the_trace_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.pipeline.actions import Action
 
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("launch.errors._TRACES", True)
     with pytest.raises(ValueError, match="not an action"), one_line_errors():
         Action.parse("2X0")
-    assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_only_the_first_line_of_a_long_message_is_shown() -> None:
+    from parallel.pipeline.passes import from_csv
+
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        from_csv("0B0,0F0\n", name="mine.csv")
+    assert str(stop.value.code) == "error: mine.csv: rank 0, slot 0: 0B0 needs 0F0, which runs only in slot 1"
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(SystemExit) as stop, one_line_errors(), open("no/such/file"):
+        pass
+    assert stop.value.code == "error: no/such/file: No such file or directory"
+
+
+def test_it_can_be_nested() -> None:
+    from parallel.pipeline.actions import Action
+
+    with pytest.raises(SystemExit), one_line_errors(), one_line_errors():
+        Action.parse("2X0")

@@ -1,0 +1,112 @@
+"""One table of a sweep: in the terminal, as CSV, as a page whose columns sort. A row is a dict, all with equal keys."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+Row = dict[str, Any]  # values are text, numbers, or None for what is not known
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """For the terminal. Numbers with six digits, shares (keys with "fraction") in per cent."""
+    table = Table(box=SIMPLE_HEAD)
+    for key in rows[0]:
+        numeric = any(isinstance(row[key], int | float) for row in rows)
+        header = key.replace("_", " ")
+        width = max(map(len, header.split()))
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold", min_width=width)
+    for row in rows:
+        table.add_row(*(_text(key, value) for key, value in row.items()))
+    return table
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if "fraction" in key else f"{value:.6g}"
+    return str(value)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """With a header; numbers in full."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_html(rows: Sequence[Row], title: str) -> str:
+    """A self-contained page: a click on a column's head sorts by it, bars compare its numbers."""
+    cells = [[[value, _text(key, value)] for key, value in row.items()] for row in rows]
+    data = {"title": title, "columns": [key.replace("_", " ") for key in rows[0]], "rows": cells}
+    return _PAGE.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<style>
+  body { margin: 24px; background: #f5f6f8; color: #1f2430; font: 14px/1.45 system-ui, "Liberation Sans", sans-serif; }
+  h1 { font-size: 18px; }
+  table { border-collapse: collapse; background: #fff; border: 1px solid #e2e5eb; font-variant-numeric: tabular-nums; }
+  th { cursor: pointer; user-select: none; text-align: left; background: #eef0f4; white-space: nowrap; }
+  th::after { content: " \\2195"; color: #b3b9c6; }
+  th.up::after { content: " \\2191"; }
+  th.down::after { content: " \\2193"; }
+  th, td { padding: 5px 14px; border-bottom: 1px solid #e2e5eb; }
+  td.number { text-align: right; white-space: nowrap; }
+  tr:hover td { background-color: #f3f6fb; }
+</style>
+</head>
+<body>
+<h1></h1>
+<table><thead><tr></tr></thead><tbody></tbody></table>
+<script id="data" type="application/json">@DATA@</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const head = document.querySelector("thead tr"), body = document.querySelector("tbody");
+document.title = document.querySelector("h1").textContent = data.title;
+const largest = data.columns.map((_, k) => Math.max(...data.rows.map(row => row[k][0]).filter(Number.isFinite)));
+function fill() {
+  body.replaceChildren(...data.rows.map(row => {
+    const line = document.createElement("tr");
+    row.forEach(([value, text], k) => {
+      const cell = line.insertCell();
+      cell.textContent = text;
+      if (!Number.isFinite(value)) return;
+      cell.className = "number";
+      const share = 100 * value / (largest[k] || 1);
+      if (!Number.isInteger(value))
+        cell.style.background = `linear-gradient(to right, #cfdef2 ${share}%, transparent ${share}%)`;
+    });
+    return line;
+  }));
+}
+const before = (a, b) => a === b ? 0 : a === null ? 1 : b === null ? -1 : a < b ? -1 : 1;
+data.columns.forEach((name, k) => {
+  const cell = head.appendChild(document.createElement("th"));
+  cell.textContent = name;
+  cell.addEventListener("click", () => {
+    const down = cell.className === "up" ? -1 : 1;
+    for (const other of head.children) other.className = "";
+    cell.className = down > 0 ? "up" : "down";
+    data.rows.sort((a, b) => down * before(a[k][0], b[k][0]));
+    fill();
+  });
+});
+fill();
+</script>
+</body>
+</html>
+"""

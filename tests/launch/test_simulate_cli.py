@@ -1,0 +1,230 @@
+"""The command line of the simulator: what it prints, what it writes, what it refuses."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import simulate as cli
+from launch.simulate import costs_of
+from parallel.pipeline.actions import Action
+from parallel.pipeline.passes import from_csv
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs `simulate.py` with these words in an empty folder; returns (what it printed, what it refused)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["simulate.py", *words])
+        refused = ""
+        try:
+            cli.main()
+        except SystemExit as stop:
+            refused = str(stop.code)
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return printed.out, refused
+
+    return run
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_without_out_it_prints_and_writes_nothing(run, tmp_path: Path) -> None:
+    printed, refused = run("parallel.schedule=1f1b", "parallel.pp=2", "num_microbatches=2")
+    assert refused == ""
+    assert "rank 0  F0 F1 ···B0    ···B1    " in printed
+    assert "1f1b, 2 ranks, 2 microbatches: step time 8, bubble 25.0 %, peak activations 2" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_contract(run, tmp_path: Path) -> None:
+    words = "parallel.schedule=dualpipe parallel.pp=8 num_microbatches=20 costs.f=1 costs.i=1 costs.w=1 out=DIR"
+    assert run(*words.split())[1] == ""
+    figures = report(tmp_path / "DIR")
+    assert (figures["schedule"], figures["pp"], figures["num_microbatches"]) == ("dualpipe", 8, 20)
+    assert figures["peak_live_microbatches"] == [9] * 8
+    for rank in range(8):
+        assert figures["busy_time"][rank] == 60
+        assert figures["bubble_time"][rank] == figures["pipeline_time"] - 60
+        assert sum(figures["bubble_by_cause"][rank].values()) == figures["bubble_time"][rank]
+    assert figures["bubble_fraction"] == pytest.approx(sum(figures["bubble_time"]) / (8 * figures["step_time"]))
+    schedule = json.loads((tmp_path / "DIR" / "schedule.json").read_text())
+    assert schedule["placement"] == [list(range(8)), list(range(7, -1, -1))]
+    actions = [Action.parse(text) for program in schedule["programs"] for slot in program for text in slot]
+    assert len(actions) == len(set(actions))
+    assert {len(slot) for program in schedule["programs"] for slot in program} == {1, 2}
+    names = {"report.json", "schedule.json", "trace.json", "timeline.html", "timeline.png"}
+    assert {path.name for path in (tmp_path / "DIR").iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == {"DIR"}
+    assert json.loads((tmp_path / "DIR" / "trace.json").read_text())["distributedInfo"]["world_size"] == 8
+
+
+def test_slot_end_gives_the_published_bubble(run, tmp_path: Path) -> None:
+    run("parallel.schedule=1f1b", "parallel.pp=4", "num_microbatches=12", "costs.send_when=slot_end", "out=DIR")
+    assert report(tmp_path / "DIR")["bubble_time"] == [9.0] * 4  # (PP - 1)(F + B)
+
+
+def test_a_csv_goes_out_and_comes_in(run, tmp_path: Path) -> None:
+    run("parallel.schedule=zbv", "parallel.pp=4", "num_microbatches=8", "costs.w=0.5", "out=A")
+    assert run("parallel.schedule_csv=A/schedule.csv", "costs.w=0.5", "out=B")[1] == ""
+    there, back = report(tmp_path / "A"), report(tmp_path / "B")
+    assert (back["pp"], back["num_microbatches"], back["num_stages"]) == (4, 8, 8)
+    assert back["step_time"] == there["step_time"]
+    assert back["bubble_by_cause"] == there["bubble_by_cause"]
+    assert (tmp_path / "A/schedule.csv").read_text() == (tmp_path / "B/schedule.csv").read_text()
+    assert from_csv((tmp_path / "A/schedule.csv").read_text()).num_stages == 8
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_costs_from_a_file_yield_to_the_command_line(run, tmp_path: Path, suffix: str) -> None:
+    costs = {"f": 2.0, "i": 3.0, "w": 1.0, "optimizer": 5.0, "slow": {"1": 1.5}}
+    (tmp_path / f"costs.{suffix}").write_text(json.dumps(costs))
+    words = ("parallel.schedule=gpipe", "parallel.pp=2", "num_microbatches=2", f"costs.file=costs.{suffix}", "out=DIR")
+    run(*words, "costs.w=4")
+    found = report(tmp_path / "DIR")["costs"]
+    assert {name: found[name] for name in costs} == costs | {"w": 4}
+
+
+def test_slow_ranks_and_jitter(run, tmp_path: Path) -> None:
+    words = ("parallel.schedule=1f1b", "parallel.pp=2", "num_microbatches=4", "num_runs=20", "costs.slow={1: 2.0}")
+    run(*words, "out=A")
+    assert report(tmp_path / "A")["busy_time"] == [12, 24]
+    run(*words, "costs.jitter=0.1", "out=B")
+    low, middle, high = report(tmp_path / "B")["step_time_quantiles"].values()
+    assert low < middle < high
+
+
+def test_stages_per_rank_and_zero_bubble(run, tmp_path: Path) -> None:
+    shape = ("parallel.pp=2", "num_microbatches=4")
+    run("parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=3", *shape, "out=A")
+    assert report(tmp_path / "A")["num_stages"] == 6
+    for limit in (2, 3):
+        run("parallel.schedule=zero_bubble", f"auto.memory_limit={limit}", *shape, "out=B")
+        assert max(report(tmp_path / "B")["peak_activations"]) <= limit
+
+
+def test_large_steps_are_not_drawn(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "MOST_DRAWN", 10)
+    printed, _ = run("parallel.schedule=1f1b", "parallel.pp=2", "num_microbatches=4", "out=DIR")
+    assert "no pictures: 16 actions" in printed
+    names = {"report.json", "schedule.json", "schedule.csv"}
+    assert {path.name for path in (tmp_path / "DIR").iterdir()} == names
+
+
+# ---- sweeps
+
+
+def test_a_sweep_ends_with_one_table(run, tmp_path: Path) -> None:
+    printed, refused = run(
+        "-m", "parallel.schedule=1f1b,zb1p", "parallel.pp=2", "num_microbatches=8", "costs.w=0.5,1", "out=DIR"
+    )
+    assert refused == ""
+    assert len(re.findall(r"^ +(?:1f1b|zb1p) ", printed, re.MULTILINE)) == 4
+    with open(tmp_path / "DIR/summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["schedule"], row["costs.w"]) for row in rows} == {
+        (schedule, w) for schedule in ("1f1b", "zb1p") for w in ("0.5", "1")
+    }
+    reports = [report(folder) for folder in (tmp_path / "DIR").iterdir() if folder.is_dir()]
+    assert sorted(r["step_time"] for r in reports) == sorted(float(row["step_time"]) for row in rows)
+    page = (tmp_path / "DIR/summary.html").read_text()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert len(data["rows"]) == 4
+    assert "http" not in page
+
+
+def test_a_sweep_without_out_writes_nothing(run, tmp_path: Path) -> None:
+    printed, refused = run("-m", "parallel.schedule=1f1b,gpipe", "parallel.pp=2")
+    assert "step time" in printed
+    assert refused == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_impossible_combination_does_not_end_a_sweep(run, tmp_path: Path) -> None:
+    printed, refused = run("-m", "parallel.schedule=1f1b,dualpipe", "parallel.pp=3,4", "out=DIR")
+    assert printed.count("dualpipe") == 2
+    assert refused == "error: dualpipe needs an even number of ranks, got 3: use 4, or dualpipev"
+    with open(tmp_path / "DIR/summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step_time"] == "" for row in rows] == [bool(row["note"]) for row in rows]
+    assert sum(bool(row["note"]) for row in rows) == 1
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("parallel.pp=7", "needs an even number of ranks, got 7"),
+        ("parallel.pp=0", "parallel.pp=0: must be at least 1"),
+        ("parallel.schedule=dualpiep", "parallel.schedule=dualpiep: expected one of gpipe"),
+        ("parallel.scheduel=zbv", "did you mean parallel.schedule?"),
+        ("num_microbatches=many", "num_microbatches: Value 'many'"),
+        ("costs.f=0", "costs.f = 0"),
+        ("costs.i=-1", "costs.i = -1"),
+        ("costs.w=nan", "costs.w = nan"),
+        ("costs.g=1", "costs.g: no such option"),
+        ("costs.slow={9: 2}", "rank 9"),
+        ("costs.slow=[1]", "expected a factor for each slow rank"),
+        ("costs.file=no.yaml", "no.yaml: No such file"),
+        ("costs.file=cost.yaml", "costs.file=cost.yaml: option=g: expected one of f, i, w"),
+        ("costs.file=broken.yaml", "neither YAML nor JSON"),
+        ("costs.file=list.yaml", "must hold names and values"),
+        ("parallel.schedule_csv=dead.csv", "dead.csv: rank 0, slot 0: 0B0 needs 0F0"),
+        ("parallel.schedule_csv=unknown.csv", "unknown.csv: row 1, column 2: '0X0' is not an action"),
+        ("parallel.schedule_csv=binary.csv", "binary.csv: not a text file"),
+        ("unit=weeks", "unit=weeks: expected one of"),
+    ],
+)
+def test_wrong_input_is_one_line(run, tmp_path: Path, words: str, says: str) -> None:
+    (tmp_path / "dead.csv").write_text("0B0,0F0\n")
+    (tmp_path / "unknown.csv").write_text("0F0,0X0\n")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "cost.yaml").write_text("g: 1\n")
+    (tmp_path / "broken.yaml").write_text("f: [1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    before = set(tmp_path.iterdir())
+    _, refused = run(words, "out=DIR")
+    assert says in refused
+    assert refused.startswith("error: ")
+    assert "\n" not in refused
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_grid_of_a_deadlock_marks_the_slot(run, tmp_path: Path) -> None:
+    (tmp_path / "dead.csv").write_text("0F0,0B1,0F1,0B0\n")
+    printed, _ = run("parallel.schedule_csv=dead.csv")
+    assert "[0B1]" in printed
+
+
+def test_a_key_of_a_costs_file_is_a_rank() -> None:
+    options = {"file": None, "f": 1.0, "slow": {"3": 1.1}}
+    assert costs_of(options, []).slow == {3: 1.1}
+
+
+def test_the_process_says_one_line_and_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from launch.simulate import main\n"
+        "main()\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.argv[1:] = ['parallel.pp=7']\n"
+        "main()\n"
+    )
+    words = ["parallel.pp=2", "num_microbatches=4", "out=DIR"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: dualpipe needs an even number of ranks, got 7: use 8, or dualpipev\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"DIR"}
