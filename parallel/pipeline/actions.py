@@ -113,6 +113,15 @@ class Schedule:
     placement: tuple[tuple[int, ...], ...]
     num_microbatches: int
 
+    def __post_init__(self) -> None:
+        for what, number in (
+            ("rank", self.num_ranks),
+            ("stage", self.num_stages),
+            ("microbatch", self.num_microbatches),
+        ):
+            if number < 1:
+                raise ValueError(f"{self.name}: there must be at least one {what}")
+
     @property
     def num_ranks(self) -> int:
         return len(self.programs)

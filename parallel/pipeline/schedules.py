@@ -42,7 +42,7 @@ def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int
     (Narayanan et al., 2021)
     """
     programs = []
-    groups = range(0, num_microbatches, num_ranks)
+    groups = range(0, num_microbatches, max(num_ranks, 1))
     order = [(lap, g + k) for g in groups for lap in range(stages_per_rank) for k in range(num_ranks)]
     for rank in range(num_ranks):
         last = (stages_per_rank - 1) * num_ranks + rank

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,9 @@ class Costs:
     time of every slot: log-normal, mean 1.
     """
 
-    f: float | Sequence[float] = 1.0
-    i: float | Sequence[float] = 1.0
-    w: float | Sequence[float] = 1.0
+    f: Any = 1.0  # float | list[float], a union that OmegaConf does not know
+    i: Any = 1.0
+    w: Any = 1.0
     fb: float | None = None
     p2p: float = 0.0
     p2p_bytes: float = 0.0
@@ -60,8 +61,13 @@ class Costs:
     def __post_init__(self) -> None:
         for name in ("f", "i", "w"):
             value = getattr(self, name)
-            for stage, one in enumerate(value) if isinstance(value, Sequence) else [(None, value)]:
-                _check(f"costs.{name}" + (f"[{stage}]" if stage is not None else ""), one, above=0.0)
+            if not isinstance(value, list | tuple):
+                _check(f"costs.{name}", value, above=0.0)
+                continue
+            if not value:
+                raise ValueError(f"costs.{name} is an empty list: give one time a stage, or one number")
+            for stage, one in enumerate(value):
+                _check(f"costs.{name}[{stage}]", one, above=0.0)
         if self.fb is not None:
             _check("costs.fb", self.fb, above=0.0)
         _check("costs.p2p_bandwidth", self.p2p_bandwidth, above=0.0, finite=False)
@@ -72,15 +78,15 @@ class Costs:
         if self.send_when not in SEND_WHEN:
             raise ValueError(f"costs.send_when = {self.send_when!r}: choose one of {', '.join(SEND_WHEN)}")
         for rank, factor in self.slow.items():
+            if not isinstance(rank, int) or rank < 0:
+                raise ValueError(f"costs.slow names rank {rank}: ranks are whole numbers from 0")
             _check(f"costs.slow[{rank}]", factor, above=0.0)
 
 
-def _check(name: str, value: float, above: float | None = None, finite: bool = True) -> None:
-    wanted = "a finite number" if finite else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(f"{name} = {value!r}: it must be {wanted}")
-    if finite and math.isinf(value):
-        raise ValueError(f"{name} = {value!r}: it must be {wanted}")
+def _check(name: str, value: Any, above: float | None = None, finite: bool = True) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or math.isnan(value) or (finite and math.isinf(value)):
+        raise ValueError(f"{name} = {value!r}: it must be a {'finite ' if finite else ''}number")
     if above is not None and value <= above:
         raise ValueError(f"{name} = {value!r}: it must be above {above:g}")
     if above is None and value < 0:
@@ -92,7 +98,7 @@ def stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:
     rows = []
     for name in ("f", "i", "w"):
         value = getattr(costs, name)
-        if isinstance(value, Sequence):
+        if isinstance(value, list | tuple):
             if len(value) != schedule.num_stages:
                 raise ValueError(
                     f"costs.{name} lists {len(value)} stages, but {schedule.name} on {schedule.num_ranks} ranks has "

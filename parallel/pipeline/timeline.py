@@ -81,7 +81,7 @@ class Timeline:
         spans: Iterable[Span], *, optimizer: float = 0.0, activation: float = 1.0, kept_after_i: float = 1.0
     ) -> Timeline:
         """The timeline of these spans, in any order; time 0 is the earliest start."""
-        rows = sorted(spans, key=lambda span: (span.rank, span.slot, span.start))
+        rows = sorted(spans, key=lambda span: (span.rank, span.slot, span.action.op))
         row_of = {span.action: row for row, span in enumerate(rows)}
         origin = min((span.start for span in rows), default=0.0)
         ints = np.array([(s.rank, s.slot, *s.action) for s in rows], dtype=np.int64).reshape(-1, 5)
@@ -174,12 +174,13 @@ class Timeline:
         drained = forward_ends.max(initial=-np.inf)
         free_at = np.concatenate(([0.0], np.maximum.accumulate(end)))
         result = []
-        for k in np.flatnonzero(start > free_at[:-1]).tolist():
+        noise = 1e-12 * self.pipeline_time
+        for k in np.flatnonzero(start > free_at[:-1] + noise).tolist():
             cause = WARM_UP if start[k] <= filled else COOL_DOWN if free_at[k] >= drained else WAITING
             waited = int(self.waited_A[first[k]])
             action, for_rank = (self._action(waited), int(self.rank_A[waited])) if waited >= 0 else (None, None)
             result.append(Bubble(rank, float(free_at[k]), float(start[k]), cause, action, for_rank))
-        if free_at[-1] < self.pipeline_time:
+        if free_at[-1] < self.pipeline_time - noise:
             result.append(Bubble(rank, float(free_at[-1]), self.pipeline_time, COOL_DOWN, None, None))
         return result
 
@@ -204,8 +205,9 @@ class Timeline:
         op = self.op_A[rows]
         kept = 1.0 if count else self.kept_after_i
         freed = np.select([op == Op.B, op == Op.I, op == Op.W], [1.0, 1.0 - kept, kept], 0.0)
-        times = np.concatenate((self.end_A[rows], self.start_A[rows][op == Op.F]))
-        deltas = np.concatenate((-freed, np.ones(np.count_nonzero(op == Op.F))))
+        frees, starts = freed > 0, op == Op.F
+        times = np.concatenate((self.end_A[rows][frees], self.start_A[rows][starts]))
+        deltas = np.concatenate((-freed[frees], np.ones(np.count_nonzero(starts))))
         order = np.argsort(times, kind="stable")  # ends come first in `times`, and stay first at equal times
         values = np.cumsum(deltas[order])
         return times[order], values if count else values * self.activation

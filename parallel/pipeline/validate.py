@@ -29,7 +29,7 @@ class ScheduleError(ValueError):
 
 
 def _text(slot: Slot) -> str:
-    return "&".join(map(str, slot))
+    return ("&" if slot and slot[0].op <= Op.W else "+").join(map(str, slot))
 
 
 def _grid(programs: list[Program], rank: int, slot: int, before: int = 6, after: int = 4) -> str:
