@@ -149,9 +149,10 @@ class TokenDataset:
     def _documents(self, index: int, sequence_length: int) -> Iterator[tuple[int, int, list[np.ndarray], int]]:
         """The documents under one sample: (offset in the sample, tokens of the document before it, its pieces,
         ordinal)."""
-        epoch, window = divmod(int(index), self.samples_per_epoch(sequence_length))
+        num_windows = self.samples_per_epoch(sequence_length)
+        epoch, window = divmod(int(index), num_windows)
         key = mix(self.seed, epoch)
-        position = start = permute(window, self.samples_per_epoch(sequence_length), key) * sequence_length
+        position = start = permute(window, num_windows, key) * sequence_length
         stop = start + sequence_length + 1
         group = int(self._group_starts.searchsorted(position, "right")) - 1
         ordinal = 0
@@ -249,8 +250,8 @@ def permute(index: int, size: int, key: int) -> int:
     while True:
         high, low = divmod(index, b)
         for round in range(4):
-            high = (high + mix(key + round, low)) % a
-            low = (low + mix(key - 1 - round, high)) % b
+            high = (high + mix(key + 2 * round * _GOLDEN + low)) % a
+            low = (low + mix(key + (2 * round + 1) * _GOLDEN + high)) % b
         index = high * b + low
         if index < size:
             return index
