@@ -47,7 +47,8 @@ def as_csv(rows: Sequence[Row]) -> str:
 def as_html(rows: Sequence[Row], title: str) -> str:
     """A self-contained page: a click on a column's head sorts by it, bars compare its numbers."""
     cells = [[[value, _text(key, value)] for key, value in row.items()] for row in rows]
-    data = {"title": title, "columns": [key.replace("_", " ") for key in rows[0]], "rows": cells}
+    columns = [[key.replace("_", " "), any(isinstance(row[key], float) for row in rows)] for key in rows[0]]
+    data = {"title": title, "columns": columns, "rows": cells}  # a column: its name, whether it has bars
     return _PAGE.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
 
 
@@ -87,14 +88,14 @@ function fill() {
       if (!Number.isFinite(value)) return;
       cell.className = "number";
       const share = 100 * value / (largest[k] || 1);
-      if (!Number.isInteger(value))
+      if (data.columns[k][1])
         cell.style.background = `linear-gradient(to right, #cfdef2 ${share}%, transparent ${share}%)`;
     });
     return line;
   }));
 }
 const before = (a, b) => a === b ? 0 : a === null ? 1 : b === null ? -1 : a < b ? -1 : 1;
-data.columns.forEach((name, k) => {
+data.columns.forEach(([name], k) => {
   const cell = head.appendChild(document.createElement("th"));
   cell.textContent = name;
   cell.addEventListener("click", () => {
