@@ -109,12 +109,14 @@ class ModelConfig:
     def _check_sizes(self) -> None:
         positive = (
             "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
+            "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts "
             "num_experts_per_tok n_group topk_group max_position_embeddings"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+        if self.n_shared_experts < 0:
+            raise ValueError(f"model.n_shared_experts is {self.n_shared_experts}; it must be at least 0")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(
                 f"model.q_lora_rank is {self.q_lora_rank}; give a rank of at least 1, or null for no compression"

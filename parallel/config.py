@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from parallel.expert import DISPATCHERS
 from parallel.pipeline.schedules import SCHEDULES
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "full")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -20,7 +20,9 @@ def check_choice(name: str, value: object, choices: object) -> None:
 class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
 
-    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1.
+    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1. overlap: a slot of
+    two interleaves its phases, so that communication travels while the other microbatch computes. recompute: what the
+    backward computes again instead of keeping it.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
     ranks_per_node: ranks of one machine; routing groups are laid on nodes.
     """
@@ -30,11 +32,14 @@ class ParallelConfig:
     ranks_per_node: int = 8
     schedule: str = "1f1b"
     dispatcher: str = "local"
+    overlap: bool = True
+    recompute: str = "none"
     layers_per_stage: list[int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("parallel.schedule", self.schedule, SCHEDULES)
         check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
+        check_choice("parallel.recompute", self.recompute, RECOMPUTE)
         if self.ep > 1 and self.dispatcher == "local":
             raise ValueError(
                 f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "

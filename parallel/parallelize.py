@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from infra.optim import Bucket
+from model.block import Block
 from model.config import ModelConfig
 from model.mtp import MTPBlock
-from model.transformer import Block, Transformer, init_parameter_
+from model.transformer import Transformer, init_parameter_
 from parallel.config import ParallelConfig
 from parallel.expert import DISPATCHERS
 from parallel.expert.dispatcher import DispatchConfig, Dispatcher
@@ -120,7 +121,8 @@ def parallelize(
     ]
 
     spec = Spec((*microbatch, config.hidden_size), compute_dtype)
-    stages = {s: _stage(model, config, s, layers_of, schedule, spec) for s in held}
+    recompute = parallel.recompute == "full"
+    stages = {s: _stage(model, config, s, layers_of, schedule, spec, recompute) for s in held}
     return Replica(stages, buckets, biases, saved_biases, first_expert, dispatcher)
 
 
@@ -131,16 +133,17 @@ def _stage(
     layers_of: Sequence[Sequence[int]],
     schedule: Schedule,
     spec: Spec,
+    recompute: bool,
 ) -> TransformerStage:
     is_first, is_last = stage == 0, stage == schedule.num_stages - 1
     return TransformerStage(
-        config,
         {n: cast(Block, model.model.layers[n]) for n in layers_of[stage]},
         spec,
         is_first=is_first,
         embed=model.model.embed_tokens if is_first or (is_last and config.num_nextn_predict_layers) else None,
         norm=model.model.norm if is_last else None,
         head=model.lm_head if is_last else None,
+        recompute=recompute,
     )
 
 

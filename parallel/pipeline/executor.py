@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Generator, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
@@ -24,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
+from parallel.pipeline.overlap import Side, run_pair
 from parallel.pipeline.p2p import P2P, Spec
 from parallel.pipeline.timeline import Span
 
 _A_WAIT = 1e-4  # seconds from which a receive counts as waited for
 
-Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it has just run
+Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it will run next
 
 
 class PipelineStage(Protocol):
@@ -47,17 +49,26 @@ class Executor:
     """One rank of a schedule, with the stages that it holds.
 
     lowered: this rank's program after `passes.lower`. rank: my pipeline rank. stages: by stage index, exactly those
-    that the schedule places here. p2p: the channels to the other pipeline ranks. Raises ValueError when the stages are
-    not those of the placement.
+    that the schedule places here. p2p: the channels to the other pipeline ranks. overlap: whether a slot of two
+    interleaves its phases (overlap.py) or runs them in turn. Raises ValueError when the stages are not those of the
+    placement.
     """
 
-    def __init__(self, schedule: Schedule, lowered: Program, rank: int, stages: Mapping[int, PipelineStage], p2p: P2P):
+    def __init__(
+        self,
+        schedule: Schedule,
+        lowered: Program,
+        rank: int,
+        stages: Mapping[int, PipelineStage],
+        p2p: P2P,
+        overlap: bool = False,
+    ):
         if tuple(sorted(stages)) != schedule.stages_of(rank):
             raise ValueError(
                 f"rank {rank} has stages {sorted(stages)}, but {schedule.name} places {schedule.stages_of(rank)} there"
             )
         self.schedule, self.rank, self.stages = schedule, rank, stages
-        self._program, self._p2p = lowered, p2p
+        self._program, self._p2p, self._overlap = lowered, p2p, overlap
         self._outputs = {index: stage.output for index, stage in stages.items()}
         self._inputs = p2p.negotiate(schedule, self._outputs)
         self._source = {a: self._source_of(a) for slot in lowered for a in slot if a.op in (Op.F, Op.B, Op.I)}
@@ -90,27 +101,58 @@ class Executor:
         self._post_receives(index + 2)
         if slot[0].op > Op.W:
             return
-        for action in slot:
-            due = perf_counter()
-            x, source = self._take(action)
-            start = perf_counter()
-            self._finish(action, self._compute(action, x))
-            left = perf_counter()
-            if action.op is Op.B and action.stage > 0:
-                self.stages[action.stage].weight_grad(action.mb)
-            waited_for = source if start - due > _A_WAIT else None
-            self.spans.append(Span(self.rank, self._num_computed, action, start, perf_counter(), left, waited_for))
+        if len(slot) == 2 and self._overlap:
+            self._run_pair(*slot)
+        else:
+            for action in slot:
+                self._run_alone(action)
         self._num_computed += 1
 
-    def _compute(self, action: Action, x: Tensor | None) -> Tensor | None:
-        """The part of an action that others may wait for: all of it but the W of a B."""
-        stage = self.stages[action.stage]
+    def _run_alone(self, action: Action) -> None:
+        due = perf_counter()
+        x, source = self._take(action)
+        start = perf_counter()
         if action.op is Op.W:
-            stage.weight_grad(action.mb)
-            return None
+            self.stages[action.stage].weight_grad(action.mb)
+        else:
+            split = action.op is Op.I or action.stage > 0  # stage 0 has nobody to hurry for
+            self._finish(action, _exhaust(self._phases(action, x, split)))
+        left = perf_counter()
+        if action.op is Op.B:
+            self.stages[action.stage].weight_grad(action.mb)
+        self._record(action, start, perf_counter(), left, source if start - due > _A_WAIT else None)
+
+    def _run_pair(self, f: Action, b: Action) -> None:
+        due = perf_counter()
+        inputs = {action: self._take(action) for action in (f, b)}
+        start = perf_counter()
+        left = {}
+
+        def side(action: Action) -> Side:
+            def finish(result: Tensor | None) -> None:
+                self._finish(action, result)
+                left[action] = perf_counter()
+
+            is_full = action.op is Op.B
+            weight_grad = partial(self.stages[action.stage].weight_grad, action.mb) if is_full else None
+            return Side(self._phases(action, inputs[action][0], split=True), finish, weight_grad)
+
+        run_pair(side(f), side(b))
+        if b.op is Op.B:
+            self.stages[b.stage].weight_grad(b.mb)
+        end = perf_counter()
+        for action in (f, b):
+            self._record(action, start, end, left[action], inputs[action][1] if start - due > _A_WAIT else None)
+
+    def _phases(self, action: Action, x: Tensor | None, split: bool) -> Phases:
+        """The part of an F, B or I that others may wait for; the W of a split B comes after it, or between."""
+        stage = self.stages[action.stage]
         if action.op is Op.F:
-            return _exhaust(stage.forward(action.mb, x))
-        return _exhaust(stage.backward(action.mb, x, split=action.op is Op.I or action.stage > 0))
+            return stage.forward(action.mb, x)
+        return stage.backward(action.mb, x, split)
+
+    def _record(self, action: Action, start: float, end: float, left: float, waited_for: Action | None) -> None:
+        self.spans.append(Span(self.rank, self._num_computed, action, start, end, left, waited_for))
 
     def _source_of(self, action: Action) -> Action | None:
         """The action of the neighbouring stage whose tensor `action` reads."""

@@ -15,9 +15,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(data):
     """20 steps on one rank, microbatches of one."""
-    return {
-        precision: run_ranks(1, train, config(data, precision=precision), 20)[0] for precision in ("fp64", "fp32")
-    }
+    return {precision: run_ranks(1, train, config(data, precision=precision), 20)[0] for precision in ("fp64", "fp32")}
 
 
 def assert_same_curve(records, expected, tolerance):

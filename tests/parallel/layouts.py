@@ -70,7 +70,7 @@ def reference_gradients(config: ModelConfig, num_samples: int) -> dict[str, Tens
 
 
 def build(
-    config: ModelConfig, parallel: ParallelConfig, world: int, num_microbatches: int
+    config: ModelConfig, parallel: ParallelConfig, world: int, num_microbatches: int, overlap: bool = False
 ) -> tuple[Replica, Executor, Mesh]:
     """This rank's part, and its executor; one sequence a microbatch."""
     mesh = Mesh(MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world))
@@ -88,7 +88,7 @@ def build(
     )
     up, down = (mesh.group(mesh.config.partition("pp")).pg for _ in range(2))
     p2p = P2P(mesh.pp.ranks, mesh.pp.rank, up, down, torch.device("cpu"))
-    executor = Executor(schedule, lower(schedule).programs[mesh.at.pp], mesh.at.pp, replica.stages, p2p)
+    executor = Executor(schedule, lower(schedule).programs[mesh.at.pp], mesh.at.pp, replica.stages, p2p, overlap)
     return replica, executor, mesh
 
 

@@ -1,0 +1,146 @@
+"""The phases of a stage: pieces of a forward that are cut apart, so that two microbatches' pieces can be interleaved.
+
+A phase maps named values to named values. `Compute` runs under autograd between leaves of its own, so its backward is
+its own affair. `Travel` is communication: it starts and returns at once with values that are `Pending`; whoever reads
+one first waits for it. Nothing else knows that anything travels. Gradients go from phase to phase in a dict, by the
+names of the values that they are gradients of, and may be pending too.
+
+    attend -> dispatch -> shared -> experts -> combine           a MoE layer; `shared` computes while tokens travel
+    dense                                                        a dense layer
+
+Shapes: B batch, L length, T = B L tokens, D model, K experts per token, R rows received here, E experts here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.block import Block
+from parallel.expert.dispatcher import Dispatcher
+from parallel.expert.lane import Pending
+
+Value = Any  # a Tensor, a Pending, or whatever else a phase hands on
+
+
+class Phase(Protocol):
+    """`inputs` and `outputs` are names. `forward` also returns what `backward` needs; `backward` gets a gradient or
+    None for each output and returns one for each input."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]: ...
+    def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]: ...
+
+
+@dataclass
+class Compute:
+    """A phase that autograd differentiates. With `recompute` it keeps its inputs alone, and runs again in the
+    backward."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[..., Sequence[Value]]
+    recompute: bool = False
+
+    def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
+        leaves = [_leaf(value) for value in inputs] if training else inputs
+        with torch.set_grad_enabled(training and not self.recompute):
+            outputs = self.run(*leaves)
+        saved = (leaves, None if self.recompute else outputs)
+        return [value.detach() if isinstance(value, Tensor) else value for value in outputs], saved
+
+    def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
+        leaves, outputs = saved
+        if outputs is None:
+            with torch.enable_grad():
+                outputs = self.run(*leaves)
+        ends = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
+        torch.autograd.backward([out for out, _ in ends], [g for _, g in ends])
+        return [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _leaf(value: Value) -> Value:
+    """The same storage at the start of a graph of its own; what has no gradient stays as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+class Dispatch:
+    """Takes tokens to their experts; backward brings the sums of their copies' gradients home."""
+
+    name: str = "dispatch"
+    inputs: tuple[str, ...] = ("x", "topk_idx", "topk_weights")
+    outputs: tuple[str, ...] = ("x_R", "weights_R", "num_tokens_per_expert", "handle")
+
+    def __init__(self, dispatcher: Dispatcher):
+        self.dispatcher = dispatcher
+
+    def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
+        routed = self.dispatcher.start_dispatch(*inputs)
+        parts = [_part(routed, i) for i in range(4)]
+        return parts, parts[3]
+
+    def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
+        home = self.dispatcher.start_dispatch_backward(grads[0], grads[1], saved.wait())  # type: ignore[arg-type]
+        return _part(home, 0), None, _part(home, 1)
+
+
+class Combine:
+    """Brings the experts' outputs home and closes the residual; backward takes its gradient to the experts."""
+
+    name: str = "combine"
+    inputs: tuple[str, ...] = ("h", "y_R", "shared", "handle")
+    outputs: tuple[str, ...] = ("h",)
+
+    def __init__(self, dispatcher: Dispatcher):
+        self.dispatcher = dispatcher
+
+    def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
+        h_BLD, y_RD, shared_TD, handle = inputs
+        routed = self.dispatcher.start_combine(y_RD, handle)
+        return [Pending(lambda: h_BLD + (routed.wait() + shared_TD).view_as(h_BLD))], handle
+
+    def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
+        gh_BLD = grads[0]
+        assert gh_BLD is not None
+        gy_TD = gh_BLD.reshape(-1, gh_BLD.shape[-1])
+        return gh_BLD, self.dispatcher.start_combine_backward(gy_TD, saved), gy_TD, None
+
+
+def _part(pending: Pending, index: int) -> Pending:
+    return Pending(lambda: pending.wait()[index])
+
+
+def layer_phases(block: Block, layer: int, recompute: bool) -> tuple[list[Phase], list[Phase]]:
+    """A layer, h -> h, as its phases in forward and in backward order; each way `shared` hides a journey.
+
+    A MoE layer also gives its balance loss and, by its number, its load.
+    """
+    if not block.is_moe:
+
+        def dense(h_BLD: Tensor, documents_BL: Tensor | None) -> tuple[Tensor]:
+            return (block(h_BLD, documents_BL).h_BLD,)
+
+        only: list[Phase] = [Compute("dense", ("h", "documents"), ("h",), dense, recompute)]
+        return only, only
+
+    def attend(h_BLD: Tensor, documents_BL: Tensor | None) -> tuple:
+        a = block.attend(h_BLD, documents_BL)
+        return a.h_BLD, a.x_TD, a.topk_weights_TK, a.balance_loss, a.topk_idx_TK, a.load_E
+
+    attended = ("h", "x", "topk_weights", "balance_loss", "topk_idx", f"load.{layer}")
+    attend_phase = Compute("attend", ("h", "documents"), attended, attend, recompute)
+    dispatch = Dispatch(block.mlp.dispatcher)
+    shared = Compute("shared", ("x",), ("shared",), lambda x_TD: (block.shared_expert(x_TD),), recompute)
+    experts = Compute("experts", dispatch.outputs[:3], ("y_R",), lambda *rows: (block.experts(*rows),), recompute)
+    combine = Combine(block.mlp.dispatcher)
+    return [attend_phase, dispatch, shared, experts, combine], [combine, shared, experts, dispatch, attend_phase]

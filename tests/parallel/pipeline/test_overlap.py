@@ -1,0 +1,87 @@
+"""Overlap changes when things run, and not one bit of what comes out."""
+
+import pytest
+import torch
+
+from infra.optim import reduce_gradients
+from parallel.config import ParallelConfig
+from parallel.pipeline.overlap import ORDER, Side, run_pair
+from tests.parallel.layouts import begin, build, tiny
+from tests.ranks import run_ranks
+
+
+def _side(name, phases, log, weight_grad=False):
+    def run():
+        for phase in phases:
+            yield phase
+            log.append(f"{phase}({name})")
+        return name
+
+    return Side(run(), lambda result: log.append(f"done({result})"), lambda: log.append("W") if weight_grad else None)
+
+
+def test_two_aligned_moe_layers_run_in_the_published_order():
+    log: list[str] = []
+    layer = ["attend", "dispatch", "shared", "experts", "combine"]
+    back = ["combine", "shared", "experts", "dispatch", "attend"]
+    run_pair(_side("F", layer * 2, log), _side("B", back * 2, log))
+    computes = [entry for entry in log if entry.startswith(("attend", "experts"))]
+    assert computes == [
+        *("attend(F)", "experts(B)", "experts(F)", "attend(B)"),
+        *("attend(F)", "experts(B)", "experts(F)", "attend(B)"),
+    ]
+    travels = [entry for entry in log if entry.startswith(("dispatch", "combine"))]
+    assert travels == ["combine(B)", "dispatch(F)", "dispatch(B)", "combine(F)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (["embed", "dense"], ["predict", "combine", "shared", "experts", "dispatch", "attend", "join", "head"]),
+        (["attend", "dispatch", "shared", "experts", "combine"] * 3, ["dense"]),
+        (["dense"], ["dense"]),
+    ],
+)
+def test_stages_of_different_kinds_run_to_their_ends(forward, backward):
+    log: list[str] = []
+    run_pair(_side("F", forward, log), _side("B", backward, log))
+    assert [e[:-3] for e in log if (e.endswith("(F)") and e[0] != "d") or e == "dense(F)"][: len(forward)]
+    assert [e.removesuffix("(F)") for e in log if e.endswith("(F)") and "done" not in e] == forward
+    assert [e.removesuffix("(B)") for e in log if e.endswith("(B)") and "done" not in e] == backward
+    assert {"done(F)", "done(B)"} <= set(log)
+
+
+def test_every_row_of_the_table_is_a_phase_of_a_layer():
+    assert {phase for _, phase in ORDER} == {"attend", "dispatch", "shared", "experts", "combine", "weight_grad"}
+
+
+def _gradients(rank, world, config, parallel, num_microbatches):
+    result = {}
+    for overlap in (False, True):
+        replica, executor, mesh = build(config, parallel, world, num_microbatches, overlap)
+        begin(config, replica, mesh, num_microbatches)
+        executor.step()
+        reduce_gradients(replica.buckets)
+        result[overlap] = [b.grad.clone() for b in replica.buckets]
+    return all(torch.equal(off, on) for off, on in zip(result[False], result[True], strict=True))
+
+
+EVERY = [(r, d, s) for r in ("none", "full") for d in (0, 1, 2) for s in (0, 1, 2)]
+SOME = {("none", 0, 0), ("full", 1, 1), ("none", 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "depths", "shared"), [c if c in SOME else pytest.param(*c, marks=pytest.mark.slow) for c in EVERY]
+)
+def test_overlap_is_bit_for_bit(recompute, depths, shared):
+    config = tiny(num_nextn_predict_layers=depths, n_shared_experts=shared)
+    parallel = ParallelConfig(
+        pp=2, ep=2, schedule="dualpipe", dispatcher="two_hop", ranks_per_node=2, recompute=recompute
+    )
+    assert all(run_ranks(4, _gradients, config, parallel, 4))
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "dualpipe"])
+def test_overlap_is_bit_for_bit_on_every_schedule_that_pairs(schedule):
+    parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, dispatcher="all_to_all", recompute="full")
+    assert all(run_ranks(4, _gradients, tiny(), parallel, 6))
