@@ -110,9 +110,11 @@ def e4m3_to_float(q: Tensor) -> Tensor:
     """float8_e4m3fn -> FP32, exactly. On a CPU by shifting bits, which is several times as fast as torch's own cast."""
     if q.is_cuda:
         return q.float()
-    bits = q.view(torch.int8).int()  # the sign is extended
-    magnitude = (bits & 0x7F) << 20  # E4M3's exponent and mantissa in FP32's places, with E4M3's bias: 7 for 127
-    return ((bits & -0x80000000) | magnitude).view(torch.float32).mul_(2.0**120)
+    bits = q.view(torch.int8).to(torch.int16)  # the sign is extended
+    magnitude = (bits & 0x7F).bitwise_left_shift_(
+        4
+    )  # exponent and mantissa in BF16's places, with E4M3's bias: 7 for 127
+    return magnitude.bitwise_or_(bits.bitwise_and_(-0x8000)).view(torch.bfloat16).float().mul_(2.0**120)
 
 
 def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
