@@ -258,7 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("dispatch.json"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clusters", type=int, default=len(CLUSTERS), help="how many of them, in order")
+    every = list(range(len(CLUSTERS)))
+    parser.add_argument("--clusters", type=int, nargs="*", choices=every, default=every, help="which of CLUSTERS")
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)  # how this script starts itself on the ranks
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -271,7 +272,7 @@ def main() -> None:
 
     console = Console(width=130)
     clusters, rates = {}, {}
-    for nodes, ranks_per_node, num_experts, topk_group in CLUSTERS[: options.clusters]:
+    for nodes, ranks_per_node, num_experts, topk_group in [CLUSTERS[i] for i in options.clusters]:
         inside = on_cluster(nodes, 2, "1gbit", ["--rank", "inside"])["bits_per_second"]
         rate = f"{inside / SLOWER / 1e6:.0f}mbit"
         console.print(f"{nodes} nodes: inside each {inside / 1e9:.1f} Gbit/s, so links of {rate}")

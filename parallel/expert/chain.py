@@ -185,7 +185,10 @@ class ChainDispatcher(Dispatcher):
         return gw_N.view(plan.shape_TK)
 
     def _exchange(self, leg: str, group: Group, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        row_bytes = rows[:1].nbytes if len(rows) else 0
-        node_of = [self.mesh.config.coordinates(rank).node for rank in group.ranks]
-        self.traffic.count(leg, [node == self.mesh.at.node for node in node_of], group.rank, sent, row_bytes)
+        at = self.mesh.config.coordinates
+        others = [(at(rank).node, n) for rank, n in zip(group.ranks, sent, strict=True) if rank != self.mesh.rank]
+        within = sum(n for node, n in others if node == self.mesh.at.node)
+        across = sum(n for _, n in others) - within
+        row_bytes = rows[:1].nbytes
+        self.traffic.add(leg, across * row_bytes, within * row_bytes)
         return exchange(group, rows, sent, received)

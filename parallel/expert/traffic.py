@@ -30,12 +30,10 @@ class Traffic:
         self.num_token_nodes = 0  # target nodes of those tokens, summed
         self.num_pairs = 0  # pairs this rank's experts have received
 
-    def count(self, leg: str, on_my_node: list[bool], me: int, rows_sent: list[int], row_bytes: int) -> None:
-        """Adds the rows sent to each rank of a group, in which I am number `me`."""
-        for index, rows in enumerate(rows_sent):
-            if index != me:
-                counts = self.bytes_within_nodes if on_my_node[index] else self.bytes_across_nodes
-                counts[leg] += rows * row_bytes
+    def add(self, leg: str, across: int, within: int) -> None:
+        """Adds bytes sent to other nodes and to other ranks of this node."""
+        self.bytes_across_nodes[leg] += across
+        self.bytes_within_nodes[leg] += within
 
     def count_nodes(self, topk_idx_TK: Tensor, experts_per_node: int) -> None:
         """Adds the target nodes of some tokens."""
