@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, globs and standard input, cut into units of work and read as documents.
 
 A document is a line of .jsonl, a row of .parquet, and for anything else a whole text file, or a part of one if
-`separator` says what stands between documents. A unit is about 16 MiB: whole small files, byte ranges of big ones that
+`separator` says what stands between documents. A unit is about 4 MiB: whole small files, byte ranges of big ones that
 begin and end between records, row groups of Parquet files. Units depend on the sources alone, not on who works on them.
 [no torch]
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from infra.token_file import DataError
 
-UNIT_BYTES = 16 << 20
+UNIT_BYTES = 4 << 20
 FORMATS = ("auto", "text", "jsonl", "parquet")
 _BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
