@@ -18,9 +18,9 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention_core import attention
 from model.config import ModelConfig, RopeScaling
 from model.linear import Linear
 from model.norm import RMSNorm, accumulation_dtype
@@ -147,14 +147,7 @@ class MLA(nn.Module):
         q_BLNH = torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), dim=-1)
         k_BLNH = torch.cat((k_nope, key), dim=-1)
         mask = None if document_ids_BL is None else causal_mask(document_ids_BL)
-        out_BNLV = F.scaled_dot_product_attention(
-            q_BLNH.transpose(1, 2),
-            k_BLNH.transpose(1, 2),
-            v_BLNV.transpose(1, 2),
-            mask,
-            is_causal=mask is None,
-            scale=self.scale,
-        )
+        out_BNLV = attention(q_BLNH.transpose(1, 2), k_BLNH.transpose(1, 2), v_BLNV.transpose(1, 2), self.scale, mask)
         return self.o_proj(out_BNLV.transpose(1, 2).flatten(2))
 
     def new_cache(self, x: Tensor, batch_size: int, length: int) -> LatentCache:

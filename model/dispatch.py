@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,8 +50,7 @@ def _copies(x_TD: Tensor, handle: LocalHandle) -> Tensor:
 
 
 def _sum_of_copies(y_RD: Tensor, handle: LocalHandle) -> Tensor:
-    T, K = handle.row_TK.shape
-    return y_RD.index_select(0, handle.row_TK.flatten()).view(T, K, -1).sum(1)
+    return F.embedding_bag(handle.row_TK, y_RD, mode="sum")  # gathers and sums in one pass
 
 
 class _Dispatch(torch.autograd.Function):

@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from model.matmul import grouped_mm, grouped_outer, mm
 
 Compute = Callable[[], Tensor | None]
 WeightGrad = Callable[[Tensor, Compute], Tensor | None]
@@ -45,23 +46,19 @@ class _LinearFunction(torch.autograd.Function):
     def forward(ctx, x, weight, weight_grad):
         ctx.save_for_backward(x)
         ctx.weight, ctx.weight_grad = weight, weight_grad  # the parameter itself: its main_grad and identity are needed
-        return F.linear(x, weight)
+        return mm(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,), weight = ctx.saved_tensors, ctx.weight
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
+        dx = mm(dy_TN, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
 
         def compute() -> Tensor | None:
-            dy_TN, x_TK = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-            main_grad = getattr(weight, "main_grad", None)
-            if main_grad is not None and main_grad.dtype == x.dtype:
-                main_grad.addmm_(dy_TN.t(), x_TK)
-                return None
-            return accumulate_or_return(weight, dy_TN.t() @ x_TK)
+            return accumulate_or_return(weight, mm(dy_TN.t(), x_TK))
 
         return dx, ctx.weight_grad(weight, compute), None
 
@@ -80,52 +77,6 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
-
-
-def _is_grouped_mm_faster(x: Tensor) -> bool:
-    """torch's grouped matmul has no float64 and, on a CPU in float32, loses to plain matmuls of each group."""
-    return x.dtype == torch.bfloat16
-
-
-def _ends(num_tokens_per_expert_E: Tensor) -> Tensor:
-    return num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-
-
-def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-    """Rows of expert e times matrix e: the rows are sorted by expert, and an expert may have none.
-
-    Args:
-        x_RK: rows; weight_EKN: one matrix per expert, any strides; num_tokens_per_expert_E: int64, sums to R.
-    Returns: (R, N).
-    """
-    if _is_grouped_mm_faster(x_RK) and x_RK.shape[0]:
-        return F.grouped_mm(x_RK, weight_EKN, offs=_ends(num_tokens_per_expert_E))
-    y_RN = x_RK.new_empty(x_RK.shape[0], weight_EKN.shape[2])
-    sizes = num_tokens_per_expert_E.tolist()
-    for x, weight, y in zip(x_RK.split(sizes), weight_EKN, y_RN.split(sizes), strict=True):
-        torch.mm(x, weight, out=y)
-    return y_RN
-
-
-def grouped_outer(
-    dy_RN: Tensor, x_RK: Tensor, num_tokens_per_expert_E: Tensor, into_ENK: Tensor | None = None
-) -> Tensor:
-    """dy_e^T x_e of every expert e, zeros for one without rows: (E, N, K); or that added to `into_ENK`."""
-    if _is_grouped_mm_faster(x_RK) and x_RK.shape[0]:
-        grad_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(num_tokens_per_expert_E))
-        return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
-    sizes = num_tokens_per_expert_E.tolist()
-    is_new = into_ENK is None
-    if into_ENK is None:
-        into_ENK = dy_RN.new_empty(len(sizes), dy_RN.shape[1], x_RK.shape[1])
-    for dy, x, grad in zip(dy_RN.split(sizes), x_RK.split(sizes), into_ENK, strict=True):
-        if is_new:
-            torch.mm(dy.t(), x, out=grad)
-        elif grad.dtype == x.dtype:
-            grad.addmm_(dy.t(), x)
-        else:
-            grad.add_(dy.t() @ x)
-    return into_ENK
 
 
 class _GroupedLinearFunction(torch.autograd.Function):

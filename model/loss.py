@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.linear import Linear, accumulate_or_return
+from model.matmul import mm
 from model.norm import accumulation_dtype
 
 IGNORE = -100  # a label that has no loss
@@ -33,17 +34,18 @@ class _CrossEntropy(torch.autograd.Function):
             h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk, None]
             counted = labels != IGNORE
             index = labels.where(counted, 0)
-            logits = (h @ weight.t()).to(dtype)
-            lse = logits.logsumexp(-1, keepdim=True)
+            logits = mm(h, weight.t())
+            probs = logits.softmax(-1, dtype=dtype)
+            # log of the sum of exponentials, from the largest: its probability is at least 1 / V
+            lse = logits.amax(-1, keepdim=True).to(dtype) - probs.amax(-1, keepdim=True).log()
             loss += (lse - logits.gather(1, index)).where(counted, 0).sum()
             if needs_dh or needs_dw:
-                probs = logits.sub_(lse).exp_()
                 probs.scatter_add_(1, index, -torch.ones_like(lse))
-                dlogits = probs.mul_(counted / normaliser).to(h.dtype)
+                dlogits = probs.mul_(counted).div_(normaliser).to(h.dtype)
                 if dh_TD is not None:
-                    torch.mm(dlogits, weight, out=dh_TD[start : start + chunk])
+                    dh_TD[start : start + chunk] = mm(dlogits, weight)
                 if needs_dw:
-                    part = dlogits.t() @ h
+                    part = mm(dlogits.t(), h)
                     if dw_VD is None:
                         dw_VD = part if chunk >= T else part.to(dtype)
                     else:

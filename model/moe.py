@@ -84,7 +84,7 @@ class Router(nn.Module):
         T, E = scores_TE.shape
         choice_TE = scores_TE + self.e_score_correction_bias if config.topk_method == "noaux_tc" else scores_TE
         if config.topk_group < config.n_group:
-            groups = choice_TE.view(T, config.n_group, -1)
+            groups = choice_TE.view(T, config.n_group, E // config.n_group)
             if config.topk_method == "noaux_tc":
                 group_scores = groups.topk(2, dim=-1).values.sum(-1)
             else:
@@ -121,8 +121,10 @@ def sequence_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
     microbatches.
     """
     B, L, E = scores_BLE.shape
+    if L == 0:
+        return scores_BLE.sum()  # nothing to balance, and no mean to take
     with torch.no_grad():
-        chosen = scores_BLE.topk(top_k, dim=-1, sorted=False).indices.view(B, -1)
+        chosen = scores_BLE.topk(top_k, dim=-1, sorted=False).indices.flatten(1)
         f_BE = scores_BLE.new_zeros(B, E).scatter_add_(1, chosen, scores_BLE.new_ones(()).expand_as(chosen))
         f_BE *= E / (top_k * L)
     P_BE = (scores_BLE / scores_BLE.sum(-1, keepdim=True)).mean(1)

@@ -1,0 +1,100 @@
+"""The matrix products everything here is made of, by the fastest way the machine offers.
+
+On a CPU that is oneDNN. torch takes it by itself in bfloat16, but in float32 it calls MKL, which on a processor it does
+not know reaches less than half the speed; so float32 products go to oneDNN by name. oneDNN compiles a kernel for each
+new shape (most of a millisecond) and an expert's number of tokens is new every step: rows are therefore rounded up to a
+multiple of 32, so that few shapes exist. On a CPU a grouped product is one product per group whoever writes the loop
+(torch's own grouped matmul too); on an accelerator it is one kernel.
+
+Shapes: M, K, N sides of a product; R rows, sorted by expert; E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUND = 32  # rows of a group are rounded up to a multiple of this
+FEW = 24  # below so many rows a compiled kernel does not pay in float32
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+ONEDNN = _has_onednn()
+
+
+def mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b for two matrices of one dtype, of any strides: (M, N)."""
+    if ONEDNN and a_MK.dtype == torch.float32 and a_MK.is_cpu and a_MK.numel() and b_KN.numel():
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
+    return torch.mm(a_MK, b_KN)
+
+
+def _takes_grouped_kernel(*operands: Tensor) -> bool:
+    """torch's grouped matmul has no float64 and wants rows (or columns) that start at multiples of 16 bytes."""
+    return all(t.dtype != torch.float64 and t.numel() and t.shape[-1] * t.itemsize % 16 == 0 for t in operands)
+
+
+def _ends(num_tokens_per_expert_E: Tensor) -> Tensor:
+    return num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+
+
+def _rounded(start: int, size: int, num_rows: int) -> tuple[int, int]:
+    """The window of rounded size that holds rows [start, start + size), reaching into the neighbours' rows."""
+    rounded = min(-(-size // ROUND) * ROUND, num_rows)
+    return min(start, num_rows - rounded), rounded
+
+
+def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    """Rows of expert e times matrix e: the rows are sorted by expert, and an expert may have none.
+
+    Args:
+        x_RK: rows; weight_EKN: one matrix per expert, any strides; num_tokens_per_expert_E: int64, sums to R.
+    Returns: (R, N).
+    """
+    by_name = x_RK.is_cpu and x_RK.dtype == torch.float32 and ONEDNN
+    if not by_name and _takes_grouped_kernel(x_RK, weight_EKN, weight_EKN.mT):
+        return F.grouped_mm(x_RK, weight_EKN, offs=_ends(num_tokens_per_expert_E))
+    R = x_RK.shape[0]
+    y_RN = x_RK.new_empty(R, weight_EKN.shape[2])
+    start = 0
+    for size, weight_KN in zip(num_tokens_per_expert_E.tolist(), weight_EKN, strict=True):
+        rows = slice(start, start + size)
+        if not by_name or size < FEW:
+            torch.mm(x_RK[rows], weight_KN, out=y_RN[rows])
+        else:
+            first, rounded = _rounded(start, size, R)
+            y_RN[rows] = mm(x_RK[first : first + rounded], weight_KN)[start - first : start - first + size]
+        start += size
+    return y_RN
+
+
+def grouped_outer(
+    dy_RN: Tensor, x_RK: Tensor, num_tokens_per_expert_E: Tensor, into_ENK: Tensor | None = None
+) -> Tensor:
+    """dy_e^T x_e of every expert e, zeros for one without rows: (E, N, K); or that added to `into_ENK`."""
+    if not x_RK.is_cpu and _takes_grouped_kernel(dy_RN, x_RK):
+        grad_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(num_tokens_per_expert_E))
+        return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
+    R, sizes = x_RK.shape[0], num_tokens_per_expert_E.tolist()
+    grad_ENK = into_ENK
+    if grad_ENK is None:
+        grad_ENK = dy_RN.new_empty(len(sizes), dy_RN.shape[1], x_RK.shape[1])
+    start = 0
+    for size, grad_NK in zip(sizes, grad_ENK, strict=True):
+        dy, x = dy_RN[start : start + size], x_RK[start : start + size]
+        if size and x.dtype == torch.bfloat16:  # a compiled kernel here too: zero rows leave the product as it is
+            first, rounded = _rounded(start, size, R)
+            dy = F.pad(dy, (0, 0, start - first, first + rounded - start - size))
+            x = x_RK[first : first + rounded]
+        if into_ENK is None:
+            torch.mm(dy.t(), x, out=grad_NK)
+        elif grad_NK.dtype == x.dtype:
+            grad_NK.addmm_(dy.t(), x)
+        elif size:
+            grad_NK.add_(dy.t() @ x)
+        start += size
+    return grad_ENK
