@@ -6,9 +6,9 @@ the other. DualPipeV folds a chain of 2h stages at its middle, so that direction
 rank's *position* is its distance from the outer end. (DeepSeek-V3 report, section 3.2.1; the phases are those of
 DeepSeek's published code.)
 
-The phases want h microbatches a stage of the half, so 2h a direction. With fewer, the order is that of 2h with the
+The phases want 2h microbatches a direction. With fewer, the order is that of 2h with the
 microbatches that do not exist struck out: still valid, still as low in memory, but with forwards and backwards that
-have lost the partner to overlap with.
+have lost the partner to overlap with: `shortfall` says how many.
 """
 
 from __future__ import annotations
@@ -113,3 +113,16 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
         programs.append(_program(num_ranks, rank, (out, back)))
     ranks = tuple(range(num_ranks))
     return Schedule("dualpipev", programs, (ranks + ranks[::-1],), num_microbatches)
+
+
+def shortfall(schedule: Schedule) -> str | None:
+    """What dualpipe or dualpipev has lost by having too few microbatches, in one line; None if nothing."""
+    wanted = 2 * schedule.num_ranks
+    if schedule.name not in ("dualpipe", "dualpipev") or schedule.num_microbatches >= wanted:
+        return None
+    pairs = sum(len(slot) == 2 for program in schedule.programs for slot in program)
+    forwards = schedule.num_stages * schedule.num_microbatches
+    return (
+        f"{schedule.name} on {schedule.num_ranks} ranks wants {wanted} microbatches or more: with "
+        f"{schedule.num_microbatches}, {pairs} of {forwards} forwards overlap a backward, the others run alone"
+    )

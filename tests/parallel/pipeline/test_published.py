@@ -86,6 +86,25 @@ def test_dualpipe_for_all_costs(half, gain):
             assert expected == published
 
 
+@pytest.mark.parametrize(
+    ("costs", "published", "replayed"),
+    [
+        ((1, 1, 1), 6, 6),
+        ((2, 1, 1), 9, 12),
+        ((3, 1, 1), 12, 18),
+        ((1, 2, 1), 12, 11),
+        ((2, 4, 2), 24, 22),
+        ((1, 1, 2), 3, 6),
+        ((1, 1, 3), 0, 6),
+        ((1, 3, 5), 6, 11),
+    ],
+)
+def test_the_documented_table_of_formula_and_replay(costs, published, replayed):
+    f, i, w = costs
+    assert 3 * ((f + i + w) + (i + w) - 3 * w) == published
+    assert bubbles("dualpipe", 8, 20, f, i, w) == [replayed] * 8
+
+
 def test_outer_ranks_idle_less_by_the_pairs_they_lack():
     f, i, w, fb, num_ranks, num_microbatches = 4, 4, 2, 8, 8, 20
     schedule = SCHEDULES["dualpipe"](num_ranks, num_microbatches)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from parallel.pipeline.actions import Op
+from parallel.pipeline.dualpipe import shortfall
 from parallel.pipeline.passes import validate
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
@@ -90,6 +91,16 @@ def test_dualpipe_below_two_pp_loses_pairs_and_nothing_else(num_microbatches):
     timeline = simulate(schedule)
     assert max(timeline.peak_live(rank) for rank in range(8)) <= 9
     assert timeline.step_time <= simulate(full).step_time
+
+
+def test_the_shortfall_is_said():
+    assert shortfall(SCHEDULES["dualpipe"](8, 16)) is None
+    assert shortfall(SCHEDULES["dualpipev"](4, 8)) is None
+    assert shortfall(SCHEDULES["1f1b"](8, 2)) is None
+    schedule = SCHEDULES["dualpipe"](8, 6)
+    pairs = sum(len(slot) == 2 for program in schedule.programs for slot in program)
+    said = shortfall(schedule)
+    assert f"wants 16 microbatches or more: with 6, {pairs} of 48 forwards overlap a backward" in said
 
 
 @pytest.mark.parametrize("name", ["dualpipe", "dualpipev"])
