@@ -29,14 +29,6 @@ class World:
         return self.rank == 0
 
 
-def launched_rank() -> int:
-    """This process's rank as its launcher says it, before any process group exists; 0 for plain `python`."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("", 0))
@@ -112,10 +104,13 @@ def start(timeout_s: float = 600.0) -> World:
     return World(rank, size, device)
 
 
-def barrier() -> None:
-    """Waits until every rank is here."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; collective over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def stop() -> None:

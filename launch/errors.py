@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+
+SECONDS_FOR_RANK_0 = 5
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
@@ -37,12 +41,22 @@ def one_line_errors() -> Iterator[None]:
         line = explain(error)
         if line is None or _TRACES:
             raise
+        _give_way()
         sys.exit(f"error: {line}")
     finally:
         if before is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _give_way() -> None:
+    """Lets rank 0 speak first: what is wrong with the input is wrong on every rank, and the launcher ends the
+    others."""
+    ranks = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    if next((rank for rank in ranks if rank is not None), "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_0)
 
 
 def explain(error: Exception) -> str | None:

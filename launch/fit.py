@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config
 from infra import checkpoint
-from infra.distributed import World, barrier
+from infra.distributed import World, any_rank
 from infra.metrics import Metrics
 from infra.prepare import prepare_default
 from launch.trainer import Trainer
@@ -26,14 +27,19 @@ from launch.trainer import Trainer
 DEFAULT_DATA = Path("data/python_stdlib")
 
 
-def prepare_data(config: Config, world: World) -> None:
-    """Where no data is named, makes the default data set on first use, by the first rank while the others wait."""
+def with_data(config: Config, world: World) -> Config:
+    """The config with its data in place: where none is named, the default data set, made on first use by rank 0."""
     if config.data.path:
-        return
-    config.data.path = str(DEFAULT_DATA)
+        return config
+    error: Exception | None = None
     if world.is_main:
-        prepare_default(DEFAULT_DATA, config.data.held_out)
-    barrier()
+        try:
+            prepare_default(DEFAULT_DATA, config.data.held_out)
+        except Exception as failure:
+            error = failure
+    if any_rank(error is not None):
+        raise error or ValueError(f"rank 0 could not prepare the default data set in {DEFAULT_DATA}")
+    return replace(config, data=replace(config.data, path=str(DEFAULT_DATA)))
 
 
 def write_config(folder: Path, settings: DictConfig, overrides: list[str]) -> None:

@@ -25,12 +25,11 @@ register()
 def main(settings: DictConfig) -> None:
     config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     from infra import distributed
-    from launch.fit import fit, prepare_data, write_config
+    from launch.fit import fit, with_data, write_config
     from launch.trainer import Trainer
 
     world = distributed.start()
-    prepare_data(config, world)
-    trainer = Trainer(config, world)
+    trainer = Trainer(with_data(config, world), world)
     if world.is_main:
         write_config(Path(config.run.dir), settings, list(HydraConfig.get().overrides.task))
     fit(trainer)

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from conf.schema import Config
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
-from infra.distributed import World
+from infra.distributed import World, any_rank
 from infra.optim import clip_gradients, global_grad_norm, make_adamw, reduce_gradients, update
 from model.moe import updated_bias
 from parallel import state
-from parallel.mesh import Mesh, MeshConfig
+from parallel.expert.traffic import load_figures
+from parallel.mesh import Group, Mesh, MeshConfig
 from parallel.parallelize import parallelize
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P
@@ -45,8 +46,10 @@ class Trainer:
         self.config, self.world = config, world
         train, parallel = config.train, config.parallel
         mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
-        for size in {train.global_batch_size, train.batch_ramp.start if train.batch_ramp else train.global_batch_size}:
-            _check_batch(size, train.microbatch_size, mesh_config.dp)
+        _check_batch("train.global_batch_size", train.global_batch_size, train.microbatch_size, mesh_config.dp)
+        if train.batch_ramp:
+            ramp = train.batch_ramp
+            _check_batch("train.batch_ramp.multiple_of", ramp.multiple_of, train.microbatch_size, mesh_config.dp)
         self.mesh = Mesh(mesh_config)
         self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
         self.train_data = self._open("train", config.data.fim_rate)
@@ -64,6 +67,8 @@ class Trainer:
         self.optimizer = make_adamw(self.replica.buckets, config.optim.lr.peak, config.optim.betas, config.optim.eps)
         pp = self.mesh.pp
         up, down = self.mesh.group(mesh_config.partition("pp")).pg, self.mesh.group(mesh_config.partition("pp")).pg
+        everyone = tuple(range(world.size))
+        self._everyone = Group(everyone, world.rank, dist.group.WORLD if world.size > 1 else None)
         self._p2p = P2P(pp.ranks, pp.rank, up, down, world.device)
         self._executor = lru_cache(maxsize=8)(self._make_executor)
         self.step, self.samples, self.tokens = 0, 0, 0
@@ -91,6 +96,7 @@ class Trainer:
         record = {
             "step": self.step,
             **sums,
+            **self.replica.dispatcher.traffic.record(self._everyone),
             "nats_per_byte": sums["lm_loss"] / self.train_data.bytes_per_token,
             "grad_norm": norm,
             "lr": rate,
@@ -103,12 +109,12 @@ class Trainer:
         histograms = {}
         moe_layers = load_LE.sum(1).nonzero().flatten().tolist()
         if moe_layers:
-            load = load_LE[moe_layers].double()
-            violation = load.amax(1) / load.mean(1) - 1  # MaxVio (2408.15664), by layer
-            record |= {"max_vio": violation.max().item(), "mean_vio": violation.mean().item()}
+            record |= load_figures(load_LE[moe_layers], self.mesh.config)
             histograms = {f"expert_load/layer_{n}": load_LE[n] for n in moe_layers}
         for n, bias in self.replica.biases.items():
             histograms[f"routing_bias/layer_{n}"] = bias
+        if self.replica.biases:
+            record["max_routing_bias"] = max(bias.abs().max().item() for bias in self.replica.biases.values())
         return record, histograms
 
     @torch.no_grad()
@@ -182,10 +188,7 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether any rank has received SIGTERM; collective, so that all stop after the same step."""
-        asked = torch.tensor(int(self._asked_to_stop))
-        if self.world.size > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return bool(asked)
+        return any_rank(self._asked_to_stop)
 
     def _on_sigterm(self, *_: object) -> None:
         self._asked_to_stop = True
@@ -202,7 +205,7 @@ class Trainer:
             seed=self.config.train.seed,
             fim_rate=fim_rate,
             vocab_size=self.config.model.vocab_size,
-            verify=data.verify and self.world.is_main,
+            verify=data.verify,
         )
 
     def _num_microbatches(self, size: int) -> int:
@@ -235,11 +238,10 @@ def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:
             )
 
 
-def _check_batch(size: int, microbatch_size: int, dp: int) -> None:
-    if size % (microbatch_size * dp):
-        unit = microbatch_size * dp
+def _check_batch(name: str, size: int, microbatch_size: int, dp: int) -> None:
+    unit = microbatch_size * dp
+    if size % unit:
         raise ValueError(
-            f"train.global_batch_size={size} does not divide into microbatches of "
-            f"train.microbatch_size={microbatch_size} on dp={dp} pipelines: use a multiple of {unit}, "
-            f"such as {max(1, size // unit) * unit}"
+            f"{name}={size} does not divide into microbatches of train.microbatch_size={microbatch_size} "
+            f"on dp={dp} pipelines: use a multiple of {unit}, such as {max(1, size // unit) * unit}"
         )

@@ -1,0 +1,166 @@
+"""launch/pretrain.py as people run it: to the end, stopped, killed, resumed, and with wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from infra import distributed
+from launch import pretrain
+from tests.launch.runs import small_data
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "precision=fp64",
+    "model.hidden_size=16",
+    "model.intermediate_size=24",
+    "model.moe_intermediate_size=8",
+    "model.num_hidden_layers=2",
+    "data.sequence_length=16",
+    "train.global_batch_size=4",
+    "train.microbatch_size=1",
+    "train.eval_samples=4",
+]
+TIMES = {"step_time", "tokens_per_second", "peak_memory_gb", "bubble"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("cli"))
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, str(ROOT / "launch/pretrain.py"), *SMALL, *arguments]
+
+
+def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=100, cwd=ROOT)
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run(f"data.path={data}", f"run.dir={folder}", "train.steps=12")
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 12 of 12" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_what_it_says(unbroken):
+    assert [r["step"] for r in records(unbroken)] == list(range(1, 13))
+    wanted = "step loss lm_loss mtp_loss balance_loss grad_norm lr tokens max_vio dispatch_bytes_across_nodes"
+    assert set(wanted.split()) <= set(records(unbroken)[0])
+    assert "eval_nats_per_byte" in records(unbroken)[-1]
+    assert (unbroken / "checkpoints/step_12/index.json").exists()
+    assert "overrides:" in (unbroken / "config.yaml").read_text()
+    assert list((unbroken / "tensorboard").iterdir())
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step}: {process.communicate(timeout=10)}")
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_rest_is_bit_identical(data, unbroken, tmp_path):
+    arguments = [f"data.path={data}", f"run.dir={tmp_path}", "train.steps=12"]
+    process = start(*arguments)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped at step" in out
+    assert run(*arguments).returncode == 0
+    assert records(tmp_path) == records(unbroken)
+
+
+def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_path):
+    arguments = [f"data.path={data}", f"run.dir={tmp_path}", "train.steps=12", "checkpoint.every=2"]
+    process = start(*arguments)
+    wait_for_step(tmp_path, 5, process)
+    process.kill()
+    process.communicate()
+    assert run(*arguments).returncode == 0
+    assert records(tmp_path) == records(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.stepz=3"], "stepz"),
+        (["train.steps=many"], "train.steps"),
+        (["parallel.schedule=1f2b"], "1f2b"),
+        (["model.num_experts_per_tok=99"], "num_experts_per_tok"),
+        (["parallel.pp=3"], "pp=3"),
+        (["parallel.dispatcher=two_hop", "parallel.ep=3"], "ep=3"),
+        (["data.path=/nowhere"], "/nowhere"),
+        (["precision=fp7"], "fp7"),
+        (["model.vocab_size=100"], "vocab"),
+    ],
+)
+def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
+    """In this process: a fresh one for each would spend its time importing torch."""
+    options = [*SMALL, f"data.path={data}", f"run.dir={tmp_path / 'run'}", "train.steps=2", *arguments]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch/pretrain.py"), *options])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main()
+    finally:
+        distributed.stop()
+    message = stopped.value.code
+    assert isinstance(message, str)
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    assert words in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_data_is_one_line_on_standard_error(data, tmp_path):
+    done = run(f"data.path={tmp_path}", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(data, unbroken):
+    done = run(f"data.path={data}", f"run.dir={unbroken}", "train.steps=14", "model.hidden_size=32")
+    assert done.returncode != 0
+    assert "hidden_size is 16" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_ranks_complain_once(data, tmp_path):
+    done = run(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("train.global_batch_size=3") == 1
+
+
+def test_mpirun_starts_ranks_too(data, tmp_path):
+    mpirun = Path(sys.executable).with_name("mpirun")
+    if not mpirun.exists():
+        pytest.skip("no mpirun beside this python")
+    start = [str(mpirun), "-n", "2", "--oversubscribe", "--allow-run-as-root"]
+    arguments = [f"data.path={data}", f"run.dir={tmp_path}", "train.steps=3"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([*start, *command(*arguments)], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 3 of 3" in done.stdout
