@@ -4,8 +4,9 @@
 
 Same configuration (about 24M parameters: 5 layers, hidden 320, 16 experts or 64 finer ones, top-4), same weights, same
 tokens (1 x 512), same dtype, one thread. A step is forward, backward and a fused AdamW update, for both. The two run in
-turn, so that whatever else the machine does hits both; the ratio is the median over turns, its spread the quartiles. The
-share of peak is a step's FLOPs (model.config's count, causal) over the time, against the best matmul of the same dtype.
+turn, so that whatever else the machine does hits both; the ratio is the median over turns, its spread the quartiles.
+The share of peak is a step's FLOPs (model.config's count, causal) over the time, against the best matmul of the same
+dtype.
 """
 
 from __future__ import annotations

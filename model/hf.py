@@ -134,8 +134,10 @@ class HuggingFaceCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = from_hugging_face_config(self._json("config.json"))
-        self._file_of = self._files()
         self._open: dict[str, Any] = {}
+        self._file_of = self._files()
+        if f"model.layers.{self.config.num_hidden_layers}.eh_proj.weight" not in self._file_of:
+            self.config.num_nextn_predict_layers = 0  # `transformers` names a depth in config.json but writes none
 
     def tensor(self, name: str, first_expert: int = 0, num_experts: int | None = None) -> Tensor:
         """The tensor we call `name`; of stacked experts, `num_experts` from `first_expert` on (default: all)."""
@@ -168,7 +170,6 @@ class HuggingFaceCheckpoint:
             return weight_map
         if not (self.folder / "model.safetensors").exists():
             raise ValueError(f"{self.folder} has neither {INDEX} nor model.safetensors")
-        self._open = {}
         return dict.fromkeys(self._shard("model.safetensors").keys(), "model.safetensors")
 
     def _shard(self, file: str) -> Any:
@@ -231,7 +232,7 @@ def write_hugging_face(
                 shard_bytes += stored.nbytes
                 total += stored.nbytes
         flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, start=1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             os.rename(beside / f"shard-{i - 1}", beside / file)

@@ -80,9 +80,8 @@ def grouped_outer(
         grad_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(num_tokens_per_expert_E))
         return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
     R, sizes = x_RK.shape[0], num_tokens_per_expert_E.tolist()
-    grad_ENK = into_ENK
-    if grad_ENK is None:
-        grad_ENK = dy_RN.new_empty(len(sizes), dy_RN.shape[1], x_RK.shape[1])
+    shape = len(sizes), dy_RN.shape[1], x_RK.shape[1]
+    grad_ENK = dy_RN.new_empty(shape) if into_ENK is None else into_ENK
     start = 0
     for size, grad_NK in zip(sizes, grad_ENK, strict=True):
         dy, x = dy_RN[start : start + size], x_RK[start : start + size]
