@@ -32,7 +32,7 @@ def start(size: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
 
 
 def test_wide_moments_are_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infra.adamw, "PIECE", 64)  # several pieces, the last one shorter
+    monkeypatch.setitem(infra.adamw.PIECE, False, 64)  # several pieces, the last one shorter
     grads = gradients(1000, 20, torch.float64)
     ours, theirs = start(1000, torch.float64), start(1000, torch.float64)
     run(LowPrecisionAdamW([ours], **HYPER, moment_dtype=torch.float64), ours, grads)
@@ -83,10 +83,10 @@ def test_bf16_moments_follow_fp32_ones() -> None:
 
 
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    grads, results = gradients(1000, 3), []
-    for piece in (1 << 16, 7):
-        monkeypatch.setattr(infra.adamw, "PIECE", piece)
-        param = start(1000)
+    grads, results = gradients(1024, 3), []
+    for piece in (1 << 16, 128):
+        monkeypatch.setitem(infra.adamw.PIECE, False, piece)
+        param = start(1024)
         results.append(run(LowPrecisionAdamW([param], **HYPER), param, grads))
     assert torch.equal(*results)
 
