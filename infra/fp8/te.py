@@ -118,6 +118,8 @@ class TransformerEngineLinear:
     ) -> Tensor:
         if self.module is None:
             self.module = self._build(weight)
+        if weight.requires_grad and not x.requires_grad:
+            x = x.detach().requires_grad_()  # so that the backward comes by and offers the weight gradient
         x = _AfterInputGrad.apply(x, lambda: weight_grad(weight, self.module.backward_dw))
         with self.te.autocast(enabled=True, recipe=self.te_recipe):
             if num_tokens_per_expert_E is None:

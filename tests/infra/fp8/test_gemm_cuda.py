@@ -215,6 +215,9 @@ def test_transformer_engine_defers_into_main_grad(monkeypatch: pytest.MonkeyPatc
             dw += dy_e.t() @ x_e
     assert (weight.main_grad == 0).all()  # type: ignore[attr-defined]
     assert len(waiting) == 3
+    linear(normal(200, 128), weight, lambda w, compute: waiting.append(compute), counts).sum().backward()
+    assert len(waiting) == 4  # an input that needs no gradient costs the weight none
+    waiting.pop()
     for compute in waiting:
         assert compute() is None
     torch.testing.assert_close(weight.main_grad, expected, rtol=1e-4, atol=1e-4)  # type: ignore[attr-defined]
