@@ -22,6 +22,7 @@ from infra import checkpoint
 from infra.distributed import World, any_rank
 from infra.metrics import Metrics
 from infra.prepare import prepare_default
+from infra.token_file import read_tokenizer
 from launch.trainer import Trainer
 
 DEFAULT_DATA = Path("data/python_stdlib")
@@ -42,16 +43,22 @@ def with_data(config: Config, world: World) -> Config:
     return replace(config, data=replace(config.data, path=str(DEFAULT_DATA)))
 
 
-def write_config(folder: Path, settings: DictConfig, overrides: list[str]) -> None:
-    """Writes config.yaml, headed by what made it."""
+def open_run_folder(config: Config, settings: DictConfig, overrides: list[str]) -> None:
+    """Writes config.yaml, headed by what made it, and the data's tokenizer, so that the run is whole by itself."""
+    folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     head = f"# revision: {revision.stdout.strip() or 'unknown'}\n# overrides: {' '.join(overrides)}\n"
-    beside = folder / ".config.yaml.writing"
-    beside.write_text(head + OmegaConf.to_yaml(settings, resolve=True))
-    os.replace(beside, folder / "config.yaml")
+    _write(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
+    _write(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
+
+
+def _write(file: Path, text: str) -> None:
+    beside = file.with_name(f".{file.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
 
 
 def fit(trainer: Trainer) -> None:

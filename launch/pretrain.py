@@ -7,8 +7,6 @@ python launch/pretrain.py ...                      # one rank
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -25,13 +23,14 @@ register()
 def main(settings: DictConfig) -> None:
     config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     from infra import distributed
-    from launch.fit import fit, with_data, write_config
+    from launch.fit import fit, open_run_folder, with_data
     from launch.trainer import Trainer
 
     world = distributed.start()
-    trainer = Trainer(with_data(config, world), world)
+    config = with_data(config, world)
+    trainer = Trainer(config, world)
     if world.is_main:
-        write_config(Path(config.run.dir), settings, list(HydraConfig.get().overrides.task))
+        open_run_folder(config, settings, list(HydraConfig.get().overrides.task))
     fit(trainer)
     distributed.stop()
 

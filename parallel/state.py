@@ -14,6 +14,8 @@ from torch import Tensor
 
 from infra.checkpoint import Checkpoint
 from infra.optim import Bucket
+from model.config import ModelConfig, RopeScaling
+from model.transformer import Transformer
 from parallel.parallelize import Replica, is_expert
 
 
@@ -39,6 +41,29 @@ def load(checkpoint: Checkpoint, replica: Replica, optimizer: torch.optim.Optimi
     for bucket in replica.buckets:
         optimizer.state[bucket.master]["step"].fill_(step)
         bucket.sync_weights()
+
+
+def whole_model(saved: Checkpoint) -> Transformer:
+    """The model of a checkpoint of any layout, whole, in this process, with its master weights. Multi-token prediction
+    is part of it."""
+    keys = dict(saved.meta["model"])
+    keys["rope_scaling"] = keys["rope_scaling"] and RopeScaling(**keys["rope_scaling"])
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**keys))
+    tensors: dict[str, Tensor] = {}
+    for name, meta in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            tensors |= saved.read([f"bias/{name}"])
+            tensors[name] = tensors.pop(f"bias/{name}")
+        elif is_expert(name):
+            stem, leaf = name.rsplit(".", 1)
+            parts = [f"master/{stem}.{e}.{leaf}" for e in range(meta.shape[0])]
+            read = saved.read(parts)
+            tensors[name] = torch.stack([read[part] for part in parts])
+        else:
+            tensors[name] = saved.read([f"master/{name}"])[f"master/{name}"]
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def _bucket_state(bucket: Bucket, replica: Replica, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
