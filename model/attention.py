@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.attention_core import attention
 from model.config import ModelConfig, RopeScaling
@@ -69,6 +70,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x[..., 0::2], x[..., 1::2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The backward of `rotate`, into the interleaved `out`."""
+    first, second = grad.chunk(2, dim=-1)
+    torch.addcmul(first * cos, second, sin, out=out[..., 0::2])
+    torch.addcmul(second * cos, first, sin, value=-1, out=out[..., 1::2])
+
+
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values of every head, (B, N, L, ...) and contiguous, from what the projections give."""
+
+    @staticmethod
+    def forward(ctx, q_BLNH, kv_BLN, key_BLR, cos, sin):
+        nope = q_BLNH.shape[-1] - key_BLR.shape[-1]
+        ctx.save_for_backward(cos, sin)
+        ctx.nope = nope
+        q, kv = q_BLNH.transpose(1, 2), kv_BLN.transpose(1, 2)
+        queries = q.new_empty(q.shape)
+        queries[..., :nope] = q[..., :nope]
+        queries[..., nope:] = rotate(q[..., nope:], cos, sin)
+        keys = q.new_empty(q.shape)
+        keys[..., :nope] = kv[..., :nope]
+        keys[..., nope:] = rotate(key_BLR, cos, sin)[:, None]
+        return queries, keys, kv[..., nope:].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dqueries, dkeys, dvalues):
+        (cos, sin), nope = ctx.saved_tensors, ctx.nope
+        B, N, L, H = dqueries.shape
+        dq_BLNH = dqueries.new_empty(B, L, N, H)
+        dq = dq_BLNH.transpose(1, 2)
+        dq[..., :nope] = dqueries[..., :nope]
+        _turn_back(dqueries[..., nope:], cos, sin, out=dq[..., nope:])
+        dkv_BLN = dqueries.new_empty(B, L, N, nope + dvalues.shape[-1])
+        dkv = dkv_BLN.transpose(1, 2)
+        dkv[..., :nope] = dkeys[..., :nope]
+        dkv[..., nope:] = dvalues
+        dkey_BLR = dqueries.new_empty(B, L, H - nope)
+        _turn_back(dkeys[..., nope:].sum(1), cos, sin, out=dkey_BLR)
+        return dq_BLNH, dkv_BLN, dkey_BLR, None, None
 
 
 def causal_mask(document_ids_BL: Tensor) -> Tensor:
@@ -141,13 +184,9 @@ class MLA(nn.Module):
         q_BLNH = self._queries(x_BLD)
         latent, key = self.kv_a_proj_with_mqa(x_BLD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv_BLN = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_attention_heads, -1))
-        q_nope, q_rope = q_BLNH.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        k_nope, v_BLNV = kv_BLN.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        key = rotate(key, cos, sin)[:, :, None].expand(-1, -1, config.num_attention_heads, -1)
-        q_BLNH = torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), dim=-1)
-        k_BLNH = torch.cat((k_nope, key), dim=-1)
+        queries, keys, values = _Heads.apply(q_BLNH, kv_BLN, key, cos, sin)
         mask = None if document_ids_BL is None else causal_mask(document_ids_BL)
-        out_BNLV = attention(q_BLNH.transpose(1, 2), k_BLNH.transpose(1, 2), v_BLNV.transpose(1, 2), self.scale, mask)
+        out_BNLV = attention(queries, keys, values, self.scale, mask)
         return self.o_proj(out_BNLV.transpose(1, 2).flatten(2))
 
     def new_cache(self, x: Tensor, batch_size: int, length: int) -> LatentCache:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import attention_core
-from model.attention import MLA, causal_mask, rope_frequencies, rope_table
+from model.attention import MLA, _Heads, causal_mask, rope_frequencies, rope_table, rotate
 from model.attention_core import attention
 from model.config import ModelConfig, RopeScaling
 from tests.model.small import small_config, small_model, text
@@ -107,6 +107,20 @@ def test_the_absorbed_form_is_the_expanded_one(changes):
     cache = mla.new_cache(x, batch_size=2, length=11)
     pieces = [mla.decode(piece, cache) for piece in x.split([4, 1, 1, 3, 2], dim=1)]
     assert torch.allclose(torch.cat(pieces, 1), mla(x), rtol=0, atol=1e-10)
+
+
+def test_heads_are_the_rotated_and_shared_parts():
+    torch.manual_seed(0)
+    q, kv, key = (torch.randn(2, 5, *d, dtype=torch.float64, requires_grad=True) for d in ((3, 6), (3, 7), (2,)))
+    cos, sin = rope_table(2, 1e4, None, 5, torch.float64, torch.device("cpu"))
+    queries, keys, values = _Heads.apply(q, kv, key, cos, sin)
+    assert torch.equal(
+        queries.transpose(1, 2), torch.cat((q[..., :4], rotate(q[..., 4:], cos[:, None], sin[:, None])), -1)
+    )
+    shared = rotate(key, cos, sin)[:, :, None].expand(-1, -1, 3, -1)
+    assert torch.equal(keys.transpose(1, 2), torch.cat((kv[..., :4], shared), -1))
+    assert torch.equal(values.transpose(1, 2), kv[..., 4:])
+    assert torch.autograd.gradcheck(lambda *t: _Heads.apply(*t, cos, sin), (q, kv, key))
 
 
 def test_a_full_cache_says_so():
