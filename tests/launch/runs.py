@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch._dynamo  # an optimizer imports it, for 2 s: once here rather than on every forked rank
 
 from conf.schema import Config, OptimConfig, PrecisionConfig, TrainConfig
 from infra.data import DataConfig

@@ -18,6 +18,8 @@ from parallel.pipeline.stage import BatchScale
 
 LENGTH = 12
 
+lower(SCHEDULES["1f1b"](1, 1))  # loads the compiled code: once here rather than on every forked rank
+
 
 def tiny(num_hidden_layers: int = 4, **changes: object) -> ModelConfig:
     values = dict(
