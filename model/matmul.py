@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROUND = 32  # rows of a group are rounded up to a multiple of this
-FEW = 24  # below so many rows a compiled kernel does not pay in float32
+LARGE = 3_000_000  # multiply-adds of a group from which oneDNN pays in float32, in spite of its overhead per call
 
 
 def _has_onednn() -> bool:
@@ -55,17 +55,17 @@ def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor
         x_RK: rows; weight_EKN: one matrix per expert, any strides; num_tokens_per_expert_E: int64, sums to R.
     Returns: (R, N).
     """
-    by_name = x_RK.is_cpu and x_RK.dtype == torch.float32 and ONEDNN
+    R, (E, K, N) = x_RK.shape[0], weight_EKN.shape
+    by_name = x_RK.is_cpu and x_RK.dtype == torch.float32 and ONEDNN and R * K * N >= LARGE * E
     if not by_name and _takes_grouped_kernel(x_RK, weight_EKN, weight_EKN.mT):
         return F.grouped_mm(x_RK, weight_EKN, offs=_ends(num_tokens_per_expert_E))
-    R = x_RK.shape[0]
-    y_RN = x_RK.new_empty(R, weight_EKN.shape[2])
+    y_RN = x_RK.new_empty(R, N)
     start = 0
     for size, weight_KN in zip(num_tokens_per_expert_E.tolist(), weight_EKN, strict=True):
         rows = slice(start, start + size)
-        if not by_name or size < FEW:
+        if not by_name:
             torch.mm(x_RK[rows], weight_KN, out=y_RN[rows])
-        else:
+        elif size:
             first, rounded = _rounded(start, size, R)
             y_RN[rows] = mm(x_RK[first : first + rounded], weight_KN)[start - first : start - first + size]
         start += size

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model import matmul
 from model.linear import Linear, grouped_linear
 from model.matmul import grouped_mm, grouped_outer, mm
 
@@ -41,7 +42,9 @@ def test_grouped_linear_is_differentiable(counts):
 )
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("features", [(8, 16), (7, 9)])  # the second is not aligned to 16 bytes
-def test_grouped_products_are_those_of_each_group(counts, dtype, tolerance, features):
+@pytest.mark.parametrize("large", [0, 3_000_000])
+def test_grouped_products_are_those_of_each_group(counts, dtype, tolerance, features, large, monkeypatch):
+    monkeypatch.setattr(matmul, "LARGE", large)  # 0: however small, by the way of the large ones
     x, weight, counts = (t.detach() for t in grouped(counts, dtype, features))
     y = grouped_mm(x, weight.mT, counts)
     exact = one_by_one(x.double(), weight.double(), counts)
