@@ -50,13 +50,13 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
         beside.mkdir(parents=True)
     _agree(None, root)
     error: OSError | None = None
+    file = beside / f"rank_{rank:05d}.safetensors"
     try:
-        file = beside / f"rank_{rank:05d}.safetensors"
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
         entry = {"size": file.stat().st_size, "checksum": _checksum(file), "keys": sorted(tensors)}
         _write_json(file.with_suffix(".json"), entry)
     except (OSError, SafetensorError) as failure:
-        error = failure if isinstance(failure, OSError) else OSError(str(failure))
+        error = _named(failure, file)
     try:
         _agree(error, root)
         if rank == 0:
@@ -64,7 +64,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
                 _publish(beside, target, world_size, dict(meta, step=step))
                 _prune(root, keep)
             except OSError as failure:
-                error = failure
+                error = _named(failure, target)
         _agree(error, root)
     except OSError:
         if rank == 0:
@@ -165,6 +165,13 @@ def _agree(error: OSError | None, root: Path) -> None:
         raise error
     if failed:
         raise OSError(None, f"{int(failed)} other ranks could not write the checkpoint", str(root))
+
+
+def _named(failure: Exception, file: Path) -> OSError:
+    """The failure as an OSError that names its file: a full disk does not say where."""
+    if isinstance(failure, OSError):
+        return OSError(failure.errno, failure.strerror or str(failure), failure.filename or str(file))
+    return OSError(None, f"cannot be written ({failure})", str(file))
 
 
 def _place() -> tuple[int, int]:

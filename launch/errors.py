@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 SECONDS_FOR_RANK_0 = 5
 
+# What gloo and NCCL say when the rank at the other end is gone.
+_LOST = re.compile(r"Connection (reset|closed|refused)[^.\n]*|Broken pipe|Socket closed|[Tt]imed out waiting[^.\n]*")
 _ROOT = Path(__file__).resolve().parents[1]
 _TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
 _OURS = {"conf", "infra", "launch", "model", "parallel"}
