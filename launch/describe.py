@@ -54,9 +54,7 @@ def describe(model: ModelConfig, sequence_length: int = 4096) -> dict[str, Any]:
 
 def as_table(figures: dict[str, Any]) -> Table:
     """The same figures for reading: one row per part, then the main model."""
-    table = Table(
-        caption=f"FLOPs of training, attention over {figures['sequence_length']} tokens; mtp is not in the total"
-    )
+    table = Table()
     for column in ("part", "parameters", "activated", "GFLOP/token", "causal"):
         table.add_column(column, justify="left" if column == "part" else "right")
 
