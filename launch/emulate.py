@@ -47,7 +47,9 @@ from launch.errors import one_line_errors
 
 _PREFIX = "braid"  # of namespaces: braid.<pid>.<start time of that process>.<name>
 _UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
-_BUCKET_BYTES = (16 * 1024, 128 * 1024)  # least and most that may leave at once
+_BUCKET_BYTES = (80 * 1024, 128 * 1024)  # least and most that may leave at once; TCP hands down up to 64 KB
+_MTU = 9000  # jumbo frames, as clusters have them
+_WINDOW = "4096 131072 524288"  # TCP's receive window: more than any link holds, less than makes a queue of seconds
 _QUEUE_BYTES = 32 * 1024 * 1024  # a slow link queues, it does not drop: what was dropped would be counted twice
 
 
@@ -90,9 +92,9 @@ class EmulateConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {most}")
 
 
-def _run(*words: str) -> str:
+def _run(*words: str, stdin: str | None = None) -> str:
     """Runs a program and returns what it printed; raises RuntimeError with its complaint."""
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(words)}`: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -157,14 +159,16 @@ class Cluster:
     def __enter__(self) -> Cluster:
         try:
             switch = self._make_namespace("switch")
-            _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+            _run("ip", "-n", switch, "link", "add", "bridge", "mtu", str(_MTU), "type", "bridge")
             _run("ip", "-n", switch, "link", "set", "bridge", "up")
             for node in range(self.config.nodes):
                 name, port = self._make_namespace(f"node{node}"), f"port{node}"
-                _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
+                peer = ["peer", "name", "eth0", "mtu", str(_MTU), "netns", name]
+                _run("ip", "-n", switch, "link", "add", port, "mtu", str(_MTU), "type", "veth", *peer)
                 _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
                 _run("ip", "-n", name, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
                 _run("ip", "-n", name, "link", "set", "eth0", "up")
+                _run("ip", "netns", "exec", name, "tee", "/proc/sys/net/ipv4/tcp_rmem", stdin=_WINDOW)
                 self._limit(name, "eth0", delayed=True)  # out of the node
                 self._limit(switch, port, delayed=False)  # into the node
         except BaseException:
