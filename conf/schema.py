@@ -13,20 +13,9 @@ from hydra.core.config_store import ConfigStore
 
 from infra.data import DataConfig
 from infra.lr import BatchRampConfig, LRConfig
+from infra.precision import PrecisionConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, check_choice
-
-PRECISIONS = ("fp64", "fp32", "bf16")
-
-
-@dataclass
-class PrecisionConfig:
-    """Compute dtype; gradients and master weights are FP32 (FP64 for fp64, which is for verification)."""
-
-    name: str = "bf16"
-
-    def __post_init__(self) -> None:
-        check_choice("precision", self.name, PRECISIONS)
+from parallel.config import ParallelConfig
 
 
 @dataclass

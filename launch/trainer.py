@@ -32,7 +32,6 @@ from parallel.pipeline.passes import forward_only, lower
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.stage import BatchScale
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 Record = dict[str, float]
 
 
@@ -58,7 +57,7 @@ class Trainer:
             parallel,
             self.mesh,
             self._schedule(self._num_microbatches(train.global_batch_size)),
-            compute_dtype=DTYPES[config.precision.name],
+            precision=config.precision,
             device=world.device,
             seed=train.seed,
             weight_decay=config.optim.weight_decay,
@@ -113,6 +112,8 @@ class Trainer:
             histograms = {f"expert_load/layer_{n}": load_LE[n] for n in moe_layers}
         for n, bias in self.replica.biases.items():
             histograms[f"routing_bias/layer_{n}"] = bias
+        if self.config.parallel.force_balance:
+            record["force_balance"] = 1.0  # of the dispatch figures only: loads are the router's own
         if self.replica.biases:
             record["max_routing_bias"] = max(bias.abs().max().item() for bias in self.replica.biases.values())
         return record, histograms

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infra.fp8.linear import LinearProduct
 from model.matmul import grouped_mm, grouped_outer, mm
 
 Compute = Callable[[], Tensor | None]
@@ -64,16 +65,20 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """y = x W^T, no bias. `weight` is (out_features, in_features); `init_parameter_` gives its first values."""
+    """y = x W^T, no bias. `weight` is (out_features, in_features); `init_parameter_` gives its first values.
+
+    `product` is a hole: what multiplies (model/fp8.py fills it with FP8).
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.weight_grad: WeightGrad = at_once
+        self.product: LinearProduct = plain
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        return _LinearFunction.apply(x, self.weight, self.weight_grad)
+        return self.product(x, self.weight, self.weight_grad)
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
@@ -103,8 +108,12 @@ class _GroupedLinearFunction(torch.autograd.Function):
         return dx_RK, ctx.weight_grad(weight_ENK, compute), None, None
 
 
-def grouped_linear(
-    x_RK: Tensor, weight_ENK: Tensor, num_tokens_per_expert_E: Tensor, weight_grad: WeightGrad
-) -> Tensor:
-    """One linear layer per expert over rows sorted by expert: (R, K) -> (R, N)."""
-    return _GroupedLinearFunction.apply(x_RK, weight_ENK, num_tokens_per_expert_E, weight_grad)
+def plain(x: Tensor, weight: Tensor, weight_grad: WeightGrad, num_tokens_per_expert_E: Tensor | None = None) -> Tensor:
+    """The product in the dtype of its operands: (..., K) and (N, K) -> (..., N).
+
+    With `num_tokens_per_expert_E` (int64, sums to R) there is one matrix per expert, and the rows are sorted by expert:
+    (R, K) and (E, N, K) -> (R, N).
+    """
+    if num_tokens_per_expert_E is None:
+        return _LinearFunction.apply(x, weight, weight_grad)
+    return _GroupedLinearFunction.apply(x, weight, num_tokens_per_expert_E, weight_grad)

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from infra.fp8.linear import LinearProduct
 from model.config import ModelConfig
 from model.dispatch import LocalDispatcher, Routed, TokenDispatcher
-from model.linear import WeightGrad, at_once, grouped_linear
+from model.linear import WeightGrad, at_once, plain
 from model.mlp import MLP
 from model.norm import accumulation_dtype
 
@@ -181,12 +182,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden, inner))
         self.weight_grad: WeightGrad = at_once
+        self.gate_up_product: LinearProduct = plain
+        self.down_product: LinearProduct = plain
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Row r's expert output times its routing weight: (R, D). The weight goes in where a row is narrowest."""
-        gate_up = grouped_linear(x_RD, self.gate_up_proj, num_tokens_per_expert_E, self.weight_grad)
+        gate_up = self.gate_up_product(x_RD, self.gate_up_proj, self.weight_grad, num_tokens_per_expert_E)
         inner = _WeightedSwiGLU.apply(gate_up, weights_R)
-        return grouped_linear(inner, self.down_proj, num_tokens_per_expert_E, self.weight_grad)
+        return self.down_product(inner, self.down_proj, self.weight_grad, num_tokens_per_expert_E)
 
 
 class MoE(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parallel.expert import DISPATCHERS
+from parallel.expert import DISPATCH_DTYPES, DISPATCHERS
 from parallel.pipeline.schedules import SCHEDULES
 
 RECOMPUTE = ("none", "full")
@@ -20,7 +20,9 @@ def check_choice(name: str, value: object, choices: object) -> None:
 class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
 
-    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1. overlap: a slot of
+    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1. dispatch_dtype: what
+    dispatched rows travel in, one of `DISPATCH_DTYPES`. force_balance: tokens are spread evenly, whatever the router
+    says: for benchmarks, and labelled in the record. overlap: a slot of
     two interleaves its phases, so that communication travels while the other microbatch computes. recompute: what the
     backward computes again instead of keeping it.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
@@ -32,6 +34,8 @@ class ParallelConfig:
     ranks_per_node: int = 8
     schedule: str = "1f1b"
     dispatcher: str = "local"
+    dispatch_dtype: str = "native"
+    force_balance: bool = False
     overlap: bool = True
     recompute: str = "none"
     layers_per_stage: list[int] | None = None
@@ -39,6 +43,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_choice("parallel.schedule", self.schedule, SCHEDULES)
         check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
+        check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
         if self.ep > 1 and self.dispatcher == "local":
             raise ValueError(

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from infra.optim import Bucket
+from infra.precision import PrecisionConfig
 from model.block import Block
 from model.config import ModelConfig
+from model.fp8 import use_fp8
 from model.mtp import MTPBlock
 from model.transformer import Transformer, init_parameter_
 from parallel.config import ParallelConfig
@@ -51,7 +53,7 @@ def parallelize(
     mesh: Mesh,
     schedule: Schedule,
     *,
-    compute_dtype: torch.dtype,
+    precision: PrecisionConfig,
     device: torch.device,
     seed: int,
     weight_decay: float,
@@ -74,7 +76,14 @@ def parallelize(
     # Experts: this rank's share of every MoE layer, behind the dispatcher that reaches the others.
     num_local = config.n_routed_experts // mesh.config.ep
     dispatcher = DISPATCHERS[parallel.dispatcher](
-        mesh, DispatchConfig(config.n_routed_experts, config.n_group, config.topk_group)
+        mesh,
+        DispatchConfig(
+            config.n_routed_experts,
+            config.n_group,
+            config.topk_group,
+            parallel.dispatch_dtype,
+            parallel.force_balance,
+        ),
     )
     for n in mine:
         block = cast(Block, model.model.layers[n])
@@ -82,8 +91,12 @@ def parallelize(
             _keep_experts(block, num_local, config)
             block.mlp.dispatcher = dispatcher
 
-    # Precision: what is computed with; FP32 (FP64 of FP64) is what is accumulated in.
-    accumulation_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    # Precision: what is computed with, and what is accumulated in; FP8 fills holes of the layers.
+    compute_dtype: torch.dtype = getattr(torch, precision.compute_dtype)
+    accumulation_dtype: torch.dtype = getattr(torch, precision.accumulation_dtype)
+    if precision.name == "fp8":
+        for n in mine:
+            use_fp8(model.model.layers[n], f"model.layers.{n}", precision.backend, precision.recipe)
 
     # Data parallel: parameters with the same owners in one bucket, whose gradients are summed over those owners.
     meta = {name: p for name, p in model.named_parameters() if mesh.at.pp in owners[name]}

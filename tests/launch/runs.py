@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch._dynamo  # an optimizer imports it, for 2 s: once here rather than on every forked rank
 
-from conf.schema import Config, OptimConfig, PrecisionConfig, TrainConfig
+from conf.schema import Config, OptimConfig, TrainConfig
 from infra.data import DataConfig
 from infra.distributed import World
 from infra.lr import LRConfig
+from infra.precision import PrecisionConfig
 from infra.prepare import PrepareConfig, prepare
 from launch.trainer import Trainer
 from parallel.config import ParallelConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import matmul
-from model.linear import Linear, grouped_linear
+from model.linear import Linear, plain
 from model.matmul import grouped_mm, grouped_outer, mm
 
 COUNTS = [[3, 0, 5, 2], [0, 0, 0, 0], [70, 0, 33, 1], [0, 0, 0, 10], [200, 90, 64, 32]]
@@ -33,7 +33,7 @@ def test_linear_is_differentiable():
 @pytest.mark.parametrize("counts", COUNTS[:2] + COUNTS[3:4])
 def test_grouped_linear_is_differentiable(counts):
     x, weight, counts = grouped(counts, features=(3, 4))
-    run = lambda x, weight: grouped_linear(x, weight, counts, lambda param, compute: compute())  # noqa: E731
+    run = lambda x, weight: plain(x, weight, lambda param, compute: compute(), counts)  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, weight))
 
 
@@ -86,11 +86,11 @@ def test_main_grad_takes_the_gradient_and_autograd_gets_none():
 
 def test_a_put_off_weight_gradient_is_the_same_one():
     x, weight, counts = grouped([3, 0, 5, 2])
-    grouped_linear(x, weight, counts, lambda param, compute: compute()).square().sum().backward()
+    plain(x, weight, lambda param, compute: compute(), counts).square().sum().backward()
     at_once, dx = weight.grad.clone(), x.grad.clone()
     weight.grad = x.grad = None
     put_off = []
-    grouped_linear(x, weight, counts, lambda param, compute: put_off.append((param, compute))).square().sum().backward()
+    plain(x, weight, lambda param, compute: put_off.append((param, compute)), counts).square().sum().backward()
     assert weight.grad is None
     assert torch.equal(x.grad, dx)
     ((param, compute),) = put_off

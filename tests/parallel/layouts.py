@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infra.precision import PrecisionConfig
 from model.config import ModelConfig
 from model.transformer import Transformer, init_model_
 from parallel.config import ParallelConfig
@@ -82,7 +83,7 @@ def build(
         parallel,
         mesh,
         schedule,
-        compute_dtype=torch.float64,
+        precision=PrecisionConfig("fp64"),
         device=torch.device("cpu"),
         seed=3,
         weight_decay=0.1,
