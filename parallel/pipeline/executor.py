@@ -10,25 +10,27 @@ slot of one and a slot of two run alike:
 What an action waits for is `actions.depends_on`, and where sends and receives stand is `passes.lower`: the same
 schedule object that was validated and simulated. A full B is its I and then its W, so that its input gradient leaves
 between the two. A send leaves as soon as its tensor exists, in the lowered order of its channel; a receive is posted
-one slot before the lowered program has it, and waited for by the action that first reads it.
+at least one slot before the lowered program has it, and waited for by the action that first reads it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from time import perf_counter
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
+from parallel.pipeline.clock import clock_of
 from parallel.pipeline.overlap import Side, run_pair
 from parallel.pipeline.p2p import P2P, Spec
 from parallel.pipeline.timeline import Span
+from parallel.pipeline.validate import ScheduleError
 
+_RECEIVES = (Op.RECV_F, Op.RECV_B)
 _A_WAIT = 1e-4  # seconds from which a receive counts as waited for
 
 Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it will run next
@@ -75,30 +77,51 @@ class Executor:
         self._values: dict[Action, Tensor] = {}  # by the action that made it, until the one action that reads it
         self._arriving: dict[Action, tuple[Tensor, dist.Work]] = {}
         self._unsent: dict[int, deque[Action]] = {}  # SEND actions by destination, in lowered order
-        self._posted = 0  # slots of the program whose receives are posted
+        self._receives = [(index, a) for index, slot in enumerate(lowered) for a in slot if a.op in _RECEIVES]
+        self._posted = 0  # how many of them are posted
         self._num_computed = 0
-        self.spans: list[Span] = []
+        self._clock = clock_of(p2p.device)
+        self._marks: list[_Marks] = []
 
     def step(self) -> None:
-        """Runs the whole program once. `spans` then says what ran when, in seconds of `perf_counter`."""
-        self.spans, self._num_computed = [], 0
+        """Runs the whole program once. `spans` then says what ran when.
+
+        Raises PipelineError, which shows the slot in the grid, when an action fails or a neighbour is lost.
+        """
+        self._marks, self._num_computed, self._posted = [], 0, 0
+        self._clock.begin()
         self._unsent = defaultdict(deque)
         for slot in self._program:
             for a in slot:
                 if a.op in (Op.SEND_F, Op.SEND_B):
                     self._unsent[self._peer(a)].append(a)
-        self._posted = 0
-        for index, slot in enumerate(self._program):
-            try:
-                self._run(index, slot)
-            except Exception as error:
-                where = f"{self.schedule.name} rank {self.rank}, slot {index} ({' '.join(map(str, slot))})"
-                raise PipelineError(f"{where}: {error}") from error
-        self._p2p.drain()
+        try:
+            for index, slot in enumerate(self._program):
+                self._post_receives(index + 2)
+                self._run(slot)
+            self._p2p.drain()
+        except Exception as error:
+            raise PipelineError(self.schedule, self.rank, self._num_computed, error) from error
         assert not self._values, "every result has one reader"
 
-    def _run(self, index: int, slot: Slot) -> None:
-        self._post_receives(index + 2)
+    @property
+    def spans(self) -> list[Span]:
+        """What ran in the last step, in seconds of `perf_counter`; waits for the device.
+
+        Both actions of an interleaved pair carry the times of the pair; two that ran in turn count as two slots.
+        """
+        spans: list[Span] = []
+        seconds = self._clock.seconds
+        for marks in self._marks:
+            start, waited_for = seconds(marks.due), None
+            for source, arrival in marks.arrivals:
+                waited, start = seconds(arrival) - start, seconds(arrival)
+                waited_for = source if waited > _A_WAIT else waited_for
+            times = (start, seconds(marks.end), seconds(marks.left))
+            spans.append(Span(self.rank, marks.slot, marks.action, *times, waited_for))
+        return spans
+
+    def _run(self, slot: Slot) -> None:
         if slot[0].op > Op.W:
             return
         if len(slot) == 2 and self._overlap:
@@ -109,40 +132,45 @@ class Executor:
         self._num_computed += 1
 
     def _run_alone(self, action: Action) -> None:
-        due = perf_counter()
+        stage, mark = self.stages[action.stage], self._clock.mark
+        due = mark()
         x, source = self._take(action)
-        start = perf_counter()
+        arrivals = [(source, mark())] if source else []
         if action.op is Op.W:
-            self.stages[action.stage].weight_grad(action.mb)
+            stage.weight_grad(action.mb)
         else:
             split = action.op is Op.I or action.stage > 0  # stage 0 has nobody to hurry for
             self._finish(action, _exhaust(self._phases(action, x, split)))
-        left = perf_counter()
-        if action.op is Op.B:
-            self.stages[action.stage].weight_grad(action.mb)
-        self._record(action, start, perf_counter(), left, source if start - due > _A_WAIT else None)
+        left = end = mark()
+        if action.op is Op.B and split:
+            stage.weight_grad(action.mb)
+            end = mark()
+        slot = self._marks[-1].slot + 1 if self._marks else 0
+        self._marks.append(_Marks(slot, action, due, arrivals, left, end))
 
     def _run_pair(self, f: Action, b: Action) -> None:
-        due = perf_counter()
-        inputs = {action: self._take(action) for action in (f, b)}
-        start = perf_counter()
-        left = {}
+        mark = self._clock.mark
+        due = mark()
+        inputs, arrivals, left = {}, [], {}
+        for action in (f, b):
+            inputs[action], source = self._take(action)
+            arrivals.append((source, mark()))
 
         def side(action: Action) -> Side:
             def finish(result: Tensor | None) -> None:
                 self._finish(action, result)
-                left[action] = perf_counter()
+                left[action] = mark()
 
             is_full = action.op is Op.B
             weight_grad = partial(self.stages[action.stage].weight_grad, action.mb) if is_full else None
-            return Side(self._phases(action, inputs[action][0], split=True), finish, weight_grad)
+            return Side(self._phases(action, inputs[action], split=True), finish, weight_grad)
 
         run_pair(side(f), side(b))
         if b.op is Op.B:
             self.stages[b.stage].weight_grad(b.mb)
-        end = perf_counter()
-        for action in (f, b):
-            self._record(action, start, end, left[action], inputs[action][1] if start - due > _A_WAIT else None)
+        end = mark()
+        slot = self._marks[-1].slot + 1 if self._marks else 0
+        self._marks += (_Marks(slot, action, due, arrivals, left[action], end) for action in (f, b))
 
     def _phases(self, action: Action, x: Tensor | None, split: bool) -> Phases:
         """The part of an F, B or I that others may wait for; the W of a split B comes after it, or between."""
@@ -150,9 +178,6 @@ class Executor:
         if action.op is Op.F:
             return stage.forward(action.mb, x)
         return stage.backward(action.mb, x, split)
-
-    def _record(self, action: Action, start: float, end: float, left: float, waited_for: Action | None) -> None:
-        self.spans.append(Span(self.rank, self._num_computed, action, start, end, left, waited_for))
 
     def _source_of(self, action: Action) -> Action | None:
         """The action of the neighbouring stage whose tensor `action` reads."""
@@ -166,7 +191,11 @@ class Executor:
         if source in self._values:
             return self._values.pop(source), None
         tensor, work = self._arriving.pop(source)
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            rank = self.schedule.rank_of(source.stage, source.mb)
+            raise ConnectionError(f"{source} of rank {rank} did not come: {error}") from error
         return tensor, source
 
     def _finish(self, action: Action, result: Tensor | None) -> None:
@@ -191,12 +220,12 @@ class Executor:
         return Action(send.stage, Op.I if split else Op.B, send.mb)
 
     def _post_receives(self, end: int) -> None:
-        """Posts the receives of all slots before `end` that are not posted yet."""
-        for slot in self._program[self._posted : end]:
-            for a in slot:
-                if a.op in (Op.RECV_F, Op.RECV_B):
-                    self._post(a)
-        self._posted = max(self._posted, end)
+        """Posts the receives of all slots before `end` - and where one is due, the next few with it."""
+        if self._posted < len(self._receives) and self._receives[self._posted][0] < end:
+            batch = self._receives[self._posted : self._posted + self._p2p.ahead]
+            for _, receive in batch:
+                self._post(receive)
+            self._posted += len(batch)
 
     def _post(self, receive: Action) -> None:
         stage, op, mb = receive
@@ -212,8 +241,24 @@ class Executor:
         return self.schedule.rank_of(action.stage + step, action.mb)
 
 
+class _Marks(NamedTuple):
+    """What the clock was asked to remember of an action; `arrivals` are (what came from another rank, when it was
+    there), in the order in which they were waited for."""
+
+    slot: int
+    action: Action
+    due: Any
+    arrivals: Sequence[tuple[Action | None, Any]]
+    left: Any
+    end: Any
+
+
 class PipelineError(RuntimeError):
-    """An action failed; the message names schedule, rank, slot and cause."""
+    """An action failed, or a neighbour was lost: says in which slot and why, and shows the slot in the grid."""
+
+    def __init__(self, schedule: Schedule, rank: int, slot: int, cause: Exception):
+        reason = str(cause) or type(cause).__name__
+        super().__init__(str(ScheduleError(schedule.name, schedule.programs, rank, slot, reason)))
 
 
 def _exhaust(phases: Phases) -> Tensor | None:

@@ -23,6 +23,7 @@ from parallel.pipeline.actions import Schedule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 8  # dtype code, number of dims, up to six dims
+_AHEAD = 8  # receives that gloo is handed at once: each call wakes the other rank, one alone takes as long as eight
 _WINDOW = 8  # tensors under way to one rank before the oldest is waited for; gloo cannot say that a send has ended
 
 
@@ -48,9 +49,10 @@ class P2P:
         down: dist.ProcessGroup | None,
         device: torch.device,
     ):
-        self._ranks, self._rank, self._up, self._down, self._device = tuple(ranks), rank, up, down, device
+        self._ranks, self._rank, self._up, self._down, self.device = tuple(ranks), rank, up, down, device
         self._sending: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
         self.bytes_sent = 0
+        self.ahead = 1 if device.type == "cuda" else _AHEAD
 
     def negotiate(self, schedule: Schedule, outputs: Mapping[int, Spec]) -> dict[int, Spec]:
         """Tells every next stage what the stages here send; returns what the stages here receive, by stage.
@@ -67,9 +69,9 @@ class P2P:
                     shape, dtype = outputs[stage]
                     header = [_DTYPES.index(dtype), len(shape), *shape]
                     header += [0] * (_HEADER - len(header))
-                    dist.send(torch.tensor(header, device=self._device), self._ranks[dst], group=self._group(dst))
+                    dist.send(torch.tensor(header, device=self.device), self._ranks[dst], group=self._group(dst))
                 elif dst == self._rank:
-                    received = torch.zeros(_HEADER, dtype=torch.int64, device=self._device)
+                    received = torch.zeros(_HEADER, dtype=torch.int64, device=self.device)
                     dist.recv(received, self._ranks[src], group=self._group(src, receiving=True))
                     code, num_dims, *dims = received.tolist()
                     inputs[stage + 1] = Spec(tuple(dims[:num_dims]), _DTYPES[code])
@@ -83,16 +85,14 @@ class P2P:
             sending.popleft()
         if len(sending) >= _WINDOW:
             sending.popleft()[0].wait()
-        work = dist.isend(tensor, self._ranks[dst], group=self._group(dst))
-        assert work is not None
+        work = self._group(dst).send([tensor], dst, 0)
         sending.append((work, tensor))  # the tensor must outlive the send
         self.bytes_sent += tensor.numel() * tensor.element_size()
 
     def receive(self, src: int, spec: Spec) -> tuple[Tensor, dist.Work]:
         """Posts the receive of the next tensor from pipeline rank `src`; wait for the work before reading it."""
-        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-        work = dist.irecv(tensor, self._ranks[src], group=self._group(src, receiving=True))
-        assert work is not None
+        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        work = self._group(src, receiving=True).recv([tensor], src, 0)
         return tensor, work
 
     def drain(self) -> None:
@@ -101,5 +101,7 @@ class P2P:
             while sending:
                 sending.popleft()[0].wait()
 
-    def _group(self, peer: int, receiving: bool = False) -> dist.ProcessGroup | None:
-        return self._up if (peer > self._rank) != receiving else self._down
+    def _group(self, peer: int, receiving: bool = False) -> dist.ProcessGroup:
+        group = self._up if (peer > self._rank) != receiving else self._down
+        assert group is not None, "only a pipeline of one has no groups, and it sends nothing"
+        return group
