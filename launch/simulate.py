@@ -2,7 +2,14 @@
 
     python launch/simulate.py parallel.schedule=dualpipe parallel.pp=8 num_microbatches=20 costs.f=1 costs.i=1 costs.w=1
     python launch/simulate.py parallel.schedule_csv=mine.csv costs.file=measured.yaml costs.p2p=0.2 out=DIR
+    python launch/simulate.py parallel.schedule=auto parallel.pp=8 costs.w=0.6 auto.memory_limit=9 auto.shape=v
     python launch/simulate.py -m parallel.schedule=1f1b,zb1p,dualpipe parallel.pp=4,8 num_microbatches=16,32 out=DIR
+
+    python launch/simulate.py parallel.schedule=dualpipev parallel.pp=4 measure=runs/first
+    torchrun --nproc-per-node=4 launch/simulate.py execute=true parallel.schedule=zbv parallel.pp=4 out=DIR
+
+With measure=RUN the costs are what that run measured; with execute=true the schedule also runs for real, with stages
+that only take time (work=sleep or matmul), and the page shows what ran over what was simulated.
 
 A run prints the grid and where the time goes; with out=DIR it writes report.json, schedule.json, schedule.csv (if the
 schedule has one direction), trace.json, timeline.html and timeline.png. A sweep (-m) ends with one table of all its
@@ -14,8 +21,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -31,17 +37,17 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.errors import explain, one_line_errors
+from launch.files import save
 from launch.summary import Row, as_csv, as_html, as_table
 from parallel.config import check_choice
 from parallel.pipeline.actions import Schedule
+from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
 from parallel.pipeline.passes import ScheduleError, from_csv, to_csv
 from parallel.pipeline.render import chrome_trace, facts, html, picture, text
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.pipeline.simulate import Costs, simulate, step_time_quantiles
+from parallel.pipeline.simulate import Costs, simulate, stage_times, step_time_quantiles
 from parallel.pipeline.timeline import COOL_DOWN, WARM_UP, Timeline
-from parallel.pipeline.zero_bubble import zero_bubble
 
-MADE_FOR_COSTS: dict[str, Callable[..., Schedule]] = {"zero_bubble": zero_bubble}
 MICROSECONDS = {"": 1e3, "s": 1e6, "ms": 1e3, "us": 1.0}  # of one unit of time, for the trace
 QUANTILES = (0.05, 0.5, 0.95)
 MOST_DRAWN = 200_000  # actions; viewers and browsers hold no more
@@ -53,7 +59,7 @@ class PipelineConfig:
 
     schedule: str = "dualpipe"
     pp: int = 8
-    stages_per_rank: int = 2  # of interleaved_1f1b
+    stages_per_rank: int = 2  # of interleaved_1f1b, and of auto where it deals out stages in turn
     schedule_csv: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,9 +70,16 @@ class PipelineConfig:
 
 @dataclass
 class AutoConfig:
-    """For schedules made for their costs. memory_limit: in activations of one microbatch of 1/PP of the model."""
+    """For schedules made for their costs. memory_limit: in activations of one microbatch of 1/PP of the model.
+
+    shape: the placements that `auto` may choose from.
+    """
 
     memory_limit: float | None = None
+    shape: str = "any"
+
+    def __post_init__(self) -> None:
+        check_choice("auto.shape", self.shape, SHAPES)
 
 
 def _cost_options() -> dict[str, Any]:
@@ -86,8 +99,14 @@ class SimulateConfig:
     seed: int = 0  # of costs.jitter
     num_runs: int = 100  # for the quantiles of the step time under costs.jitter
     out: str | None = None
+    measure: str | None = None  # a run folder whose measured costs to take, in ms, but for those named here
+    execute: bool = False  # also run it, one process a rank
+    work: str = "sleep"  # of the stages that are executed
 
     def __post_init__(self) -> None:
+        check_choice("work", self.work, ("sleep", "matmul"))
+        if self.measure is not None:
+            self.unit = "ms"
         check_positive("num_microbatches", self.num_microbatches)
         check_positive("num_runs", self.num_runs)
         check_choice("unit", self.unit, MICROSECONDS)
@@ -124,6 +143,8 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     if parallel.schedule_csv is not None:
         return from_csv(_read(parallel.schedule_csv), name=parallel.schedule_csv)
     shape = (parallel.pp, config.num_microbatches)
+    if parallel.schedule == "auto":
+        return auto(*shape, costs, config.auto.memory_limit, config.auto.shape, parallel.stages_per_rank)
     if parallel.schedule in MADE_FOR_COSTS:
         return MADE_FOR_COSTS[parallel.schedule](*shape, costs, config.auto.memory_limit)
     if parallel.schedule == "interleaved_1f1b":
@@ -191,14 +212,6 @@ def write(folder: Path, config: SimulateConfig, costs: Costs, schedule: Schedule
     return list(files)
 
 
-def save(path: Path, content: str | bytes) -> None:
-    """Writes beside the target, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-
-
 def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) -> None:
     """The grid, then a line a rank: where its time goes and what it holds."""
     console.print(text(timeline, console.width), soft_wrap=True)
@@ -222,8 +235,49 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
 
 def step(config: SimulateConfig, overrides: list[str]) -> tuple[Costs, Schedule, Timeline]:
     costs = costs_of(config.costs, overrides)
-    schedule = schedule_of(config, costs)
+    if config.measure is not None:
+        costs, schedule = measured_step(config, costs, overrides)
+    else:
+        schedule = schedule_of(config, costs)
     return costs, schedule, simulate(schedule, costs, seed=config.seed)
+
+
+def measured_step(config: SimulateConfig, given: Costs, overrides: list[str]) -> tuple[Costs, Schedule]:
+    """The schedule under the costs of the run `config.measure`, but for those that the command line names."""
+    from launch.trace import read_costs
+    from parallel.pipeline.measure import per_rank, rescaled
+
+    costs, num_ranks = read_costs(Path(config.measure or ""))
+    names = {override.removeprefix("costs.").partition("=")[0] for override in overrides if "costs." in override}
+    named = {name: getattr(given, name) for name in names - {"file"}}
+    schedule = schedule_of(config, replace(per_rank(costs, num_ranks, config.parallel.pp), **named))
+    return replace(rescaled(costs, num_ranks, schedule), **named), schedule
+
+
+def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, console: Console) -> None:
+    """Executes the schedule on as many processes as it has ranks; the first shows what ran, and writes the page."""
+    from launch.execute import execute
+    from launch.trace import write_comparison
+    from parallel.pipeline.measure import calibrated
+
+    unit_ms = MICROSECONDS[config.unit] / 1e3
+    measured = execute(schedule, costs, unit_ms / 1e3, config.work)
+    if measured is None:
+        return
+    simulated = simulate(schedule, costs_in_ms(schedule, costs, unit_ms), seed=config.seed)
+    show(console, schedule, measured, "ms")
+    ratio = measured.step_time / simulated.step_time
+    figures = f"measured {measured.step_time:.6g} ms, simulated {simulated.step_time:.6g} ms, ratio {ratio:.4f}"
+    console.print(f"[bold]{schedule.name}, executed[/bold]: {figures}", soft_wrap=True)
+    if config.out is not None:
+        write_comparison(Path(config.out), schedule, calibrated(measured), measured, ("simulated", simulated))
+        names = "measured.json timeline.html timeline.png trace.json"
+        console.print(f"{config.out}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+def costs_in_ms(schedule: Schedule, costs: Costs, unit_ms: float) -> Costs:
+    f, _, i, w = (stage_times(schedule, costs) * unit_ms).tolist()
+    return replace(costs, f=f, i=i, w=w, p2p=costs.p2p_time * unit_ms, p2p_bytes=0.0, optimizer=0.0)
 
 
 def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> None:
@@ -232,6 +286,8 @@ def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> 
     except ScheduleError as error:
         console.print(error.grid, markup=False, highlight=False, soft_wrap=True)
         raise
+    if config.execute:
+        return run_for_real(config, costs, schedule, console)
     show(console, schedule, timeline, config.unit)
     if config.out is not None:
         names = write(Path(config.out), config, costs, schedule, timeline)

@@ -114,6 +114,20 @@ def test_stages_per_rank_and_zero_bubble(run, tmp_path: Path) -> None:
         assert max(report(tmp_path / "B")["peak_activations"]) <= limit
 
 
+def test_auto_keeps_its_shape_and_limit(run, tmp_path: Path) -> None:
+    words = ("parallel.pp=4", "num_microbatches=8", "costs.w=0.6", "auto.memory_limit=4")
+    stages = {"loop": {4, 8}, "v": {8}, "bidirectional": {4}}
+    for shape, fixed in (("loop", "zb1p"), ("v", "zbv"), ("bidirectional", None)):
+        run("parallel.schedule=auto", f"auto.shape={shape}", *words, "out=A")
+        found = report(tmp_path / "A")
+        assert found["schedule"] == "auto"
+        assert found["num_stages"] in stages[shape]
+        assert max(found["peak_activations"]) <= 4
+        if fixed is not None:
+            run(f"parallel.schedule={fixed}", *words, "out=B")
+            assert found["step_time"] <= report(tmp_path / "B")["step_time"]
+
+
 def test_large_steps_are_not_drawn(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "MOST_DRAWN", 10)
     printed, _ = run("parallel.schedule=1f1b", "parallel.pp=2", "num_microbatches=4", "out=DIR")
@@ -185,6 +199,7 @@ def test_one_impossible_combination_does_not_end_a_sweep(run, tmp_path: Path) ->
         ("parallel.schedule_csv=dead.csv", "dead.csv: rank 0, slot 0: 0B0 needs 0F0"),
         ("parallel.schedule_csv=unknown.csv", "unknown.csv: row 1, column 2: '0X0' is not an action"),
         ("parallel.schedule_csv=binary.csv", "binary.csv: not a text file"),
+        ("auto.shape=w", "auto.shape=w: expected one of loop, v, bidirectional, any"),
         ("unit=weeks", "unit=weeks: expected one of"),
     ],
 )
@@ -201,6 +216,21 @@ def test_wrong_input_is_one_line(run, tmp_path: Path, words: str, says: str) -> 
     assert refused.startswith("error: ")
     assert "\n" not in refused
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("auto.memory_limit=0.5", "memory_limit = 0.5: a rank holds at least the activations of one microbatch"),
+        ("parallel.pp=3 auto.shape=bidirectional", "needs an even number of ranks"),
+        ("parallel.pp=2 costs.f=[1,2,3]", "costs.f lists 3 stages"),
+    ],
+)
+def test_auto_says_in_one_line_what_cannot_be(run, words: str, says: str) -> None:
+    _, refused = run("parallel.schedule=auto", *words.split())
+    assert says in refused
+    assert refused.startswith("error: ")
+    assert "\n" not in refused
 
 
 def test_the_grid_of_a_deadlock_marks_the_slot(run, tmp_path: Path) -> None:
