@@ -22,8 +22,12 @@ install-te: $(READY) ## Transformer Engine, compiled against the installed torch
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "Transformer Engine needs a CUDA build of torch, but this one is " + torch.__version__)'
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[te]"
 
-pretrain: $(READY) ## train a small DeepSeek-V3 on real text, 4 ranks, about two minutes
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 launch/pretrain.py $(ARGS)
+RUN    ?= runs/pretrain-$(shell date +%Y%m%d-%H%M%S)
+LAYOUT := parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipe parallel.dispatcher=two_hop parallel.ranks_per_node=1
+
+pretrain: $(READY) ## train a small DeepSeek-V3 on real text: 4 ranks, DualPipe, two-hop dispatch; then continue a line
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 launch/pretrain.py $(LAYOUT) run.dir=$(RUN) $(ARGS)
+	$(BIN)/python launch/generate.py checkpoint=$(RUN)
 
 test: $(READY) ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
