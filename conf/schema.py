@@ -76,10 +76,14 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """dir: the run folder. sample_tokens: how many tokens to continue held-out text by at the end (0: none)."""
+    """dir: the run folder. sample_tokens: how many tokens to continue held-out text by at the end (0: none).
+
+    trace: whether a pipeline leaves the timeline of its last step there.
+    """
 
     dir: str = "runs/pretrain"
     sample_tokens: int = 0
+    trace: bool = True
 
 
 @dataclass

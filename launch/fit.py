@@ -3,6 +3,7 @@
 run.dir/config.yaml      the resolved configuration, with the git revision and the overrides of the command line
 run.dir/metrics.jsonl    one record a step                                                  (infra/metrics.py)
 run.dir/tensorboard/
+run.dir/trace/           the last step of a pipeline, measured over simulated              (launch/trace.py)
 run.dir/checkpoints/     step_<n>                                                           (infra/checkpoint.py)
 """
 
@@ -82,6 +83,10 @@ def fit(trainer: Trainer) -> None:
                 last_saved = trainer.step
         if trainer.step > last_saved:
             trainer.save(checkpoints)
+        if config.run.trace and config.parallel.pp > 1 and trainer.executor and trainer.mesh.at.dp == 0:
+            from launch.trace import write_trace
+
+            write_trace(folder / "trace", trainer.executor, trainer.mesh.pp, trainer.clock_offset)
         if metrics:
             metrics.finish(_places(trainer, checkpoints))
 
@@ -108,6 +113,9 @@ def _metrics(trainer: Trainer, folder: Path) -> Metrics:
 def _places(trainer: Trainer, checkpoints: Path) -> dict[str, Any]:
     places: dict[str, Any] = {"config": checkpoints.parent / "config.yaml"}
     newest = checkpoints / f"step_{trainer.step}"
+    timeline = checkpoints.parent / "trace" / "timeline.html"
+    if timeline.exists():
+        places["timeline"] = timeline
     if newest.exists():
         places["checkpoint"] = newest
         places["sample"] = f"python launch/generate.py checkpoint={newest}"

@@ -27,6 +27,7 @@ from parallel.expert.traffic import load_figures
 from parallel.mesh import Group, Mesh, MeshConfig
 from parallel.parallelize import parallelize
 from parallel.pipeline.executor import Executor
+from parallel.pipeline.measure import bubble_fraction, clock_offset
 from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import forward_only, lower
 from parallel.pipeline.schedules import SCHEDULES
@@ -69,6 +70,8 @@ class Trainer:
         everyone = tuple(range(world.size))
         self._everyone = Group(everyone, world.rank, dist.group.WORLD if world.size > 1 else None)
         self._p2p = P2P(pp.ranks, pp.rank, up, down, world.device)
+        self.clock_offset = clock_offset(pp)
+        self.executor: Executor | None = None  # of the last training step
         self._executor = lru_cache(maxsize=8)(self._make_executor)
         self.step, self.samples, self.tokens = 0, 0, 0
         self._asked_to_stop = False
@@ -81,13 +84,14 @@ class Trainer:
         size = lr.batch_size(self.samples, self.total_samples, config.train.global_batch_size, config.train.batch_ramp)
         rate = lr.learning_rate(config.optim.lr, self.step, config.train.steps, share)
         sums, load_LE = self._run(self.train_data, self.samples, size, share, training=True)
+        assert self.executor is not None
         reduce_gradients(self.replica.buckets)
         norm = global_grad_norm(self.replica.buckets, self.world.size)
         clip_gradients(self.replica.buckets, norm, config.optim.clip)
         update(self.replica.buckets, self.optimizer, rate)
         if share < config.train.bias_stop_share:
-            for layer, bias in self.replica.biases.items():
-                bias.copy_(updated_bias(bias, load_LE[layer], config.train.bias_update_speed))
+            bias_LE = self.replica.bias_LE  # a layer that routes nothing has a load, and so a change, of zero
+            bias_LE.copy_(updated_bias(bias_LE, load_LE.to(bias_LE.device), config.train.bias_update_speed))
         self.step, self.samples = self.step + 1, self.samples + size
         num_tokens = size * config.data.sequence_length
         self.tokens += num_tokens
@@ -103,6 +107,7 @@ class Trainer:
             "tokens": self.tokens,
             "step_time": step_time,
             "tokens_per_second": num_tokens / step_time,
+            "bubble": bubble_fraction(self.executor, self.mesh.pp, self.clock_offset),
             "peak_memory_gb": self._peak_memory_gb(),
         }
         histograms = {}
@@ -110,12 +115,11 @@ class Trainer:
         if moe_layers:
             record |= load_figures(load_LE[moe_layers], self.mesh.config)
             histograms = {f"expert_load/layer_{n}": load_LE[n] for n in moe_layers}
-        for n, bias in self.replica.biases.items():
-            histograms[f"routing_bias/layer_{n}"] = bias
+        for n in self.replica.biased_layers:
+            histograms[f"routing_bias/layer_{n}"] = self.replica.bias_LE[n]
         if self.config.parallel.force_balance:
             record["force_balance"] = 1.0  # of the dispatch figures only: loads are the router's own
-        if self.replica.biases:
-            record["max_routing_bias"] = max(bias.abs().max().item() for bias in self.replica.biases.values())
+        record["max_routing_bias"] = self.replica.bias_LE.abs().max().item()
         return record, histograms
 
     @torch.no_grad()
@@ -149,7 +153,10 @@ class Trainer:
         }
         for stage in self.replica.stages.values():
             stage.begin(tokens_MBL, BatchScale(size * length, weights), training, documents)
-        self._executor(num_microbatches, training).step()
+        executor = self._executor(num_microbatches, training)
+        executor.step()
+        if training:
+            self.executor = executor
         return self._gather(weights, size)
 
     def _gather(self, weights: Record, size: int) -> tuple[Record, torch.Tensor]:
@@ -177,7 +184,7 @@ class Trainer:
         """Writes a checkpoint of this moment under `root`."""
         meta = {"samples": self.samples, "tokens": self.tokens, "model": asdict(self.config.model)}
         meta["data"] = self.train_data.file.path.name
-        tensors = state.saved(self.replica, self.optimizer)
+        tensors = state.saved(self.replica, self.optimizer, self.world.rank)
         return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
 
     def load(self, folder: Path) -> None:

@@ -20,10 +20,21 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _BUSY, _WARM_UP, _COOL_DOWN, _WAITING = "#8fa3bf", "#f0c27b", "#e8a3a3", ("#b94a62", "#8d5a97", "#5b6abf", "#a8743a")
 
 
-def html(timelines: Sequence[tuple[str, Timeline]], *, title: str = "Pipeline timeline", unit: str = "") -> str:
-    """The page. `timelines` are (title, timeline) from top to bottom; `unit` stands behind every time, say "ms"."""
+def html(
+    timelines: Sequence[tuple[str, Timeline]],
+    *,
+    title: str = "Pipeline timeline",
+    unit: str = "",
+    notes: Sequence[str] = (),
+) -> str:
+    """The page. `timelines` are (title, timeline) from top to bottom; `unit` stands behind every time, say "ms".
+
+    notes: what else to say of each action of the first timeline, one line a row.
+    """
     legend: dict[str, str] = {}
     panels = [_panel(name, timeline, unit, legend) for name, timeline in timelines]
+    if panels:
+        panels[0]["notes"] = list(notes)
     if any(timeline.optimizer for _, timeline in timelines):
         legend["optimizer"] = OPTIMIZER
     data = {"title": title, "legend": list(legend.items()), "optimizer": OPTIMIZER, "timelines": panels}

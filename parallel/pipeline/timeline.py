@@ -2,7 +2,7 @@
 
 A `Timeline` is a table with one row an action, sorted by rank, then by slot: columns are arrays, so that a simulation
 of half a million actions stays cheap. `spans` gives the same rows as objects, and `Timeline.from_spans` makes the
-table from them: that is how a measured run becomes one. Times are in the unit of the costs (seconds, where measured).
+table from them: that is how a measured run becomes one. Times are in the unit of the costs (ms, where measured).
 
 Idle time is split by cause. Before its first backward a rank waits because the pipeline *fills* (warm-up), after its
 last forward because it *drains* (cool-down); between the two it waits for a result of another rank, which is named.
