@@ -18,8 +18,11 @@ from parallel.pipeline.words import B, F, I, W, spell
 
 @njit(cache=True)
 def measure(layout, times, words_RL, length_R):
-    """(end of the last slot, the critical path as rows of (rank, position), its length); inf if they cannot run."""
-    path = np.empty((length_R.sum() + 1, 2), np.int64)
+    """(end of the last slot, the critical path as rows of (rank, position), its length); inf if they cannot run.
+
+    The path begins with the slot that ends last, and goes back in time.
+    """
+    path = np.empty((length_R.sum(), 2), np.int64)
     valid, rank_R1, slot_S1, actions, duration_S, ready_A = spell(layout, times, words_RL, length_R)
     if not valid:
         return np.inf, path, 0
@@ -126,6 +129,10 @@ def _change(words_RL, length_R, r, p, num_chunks, may_pair, state):
 
 @njit(cache=True)
 def anneal(layout, times, words_RL, length_R, num_tries, warmth, goal, seed):
+    """(end of the last slot, words_RL, length_R) of the fastest of `num_tries` changes, or once `goal` is reached.
+
+    `warmth`: by how much, on average, a change may make it slower at first; it sinks to 0 in even steps.
+    """
     state = random_state(seed)
     words, length = words_RL.copy(), length_R.copy()
     best_words, best_length = words.copy(), length.copy()

@@ -45,7 +45,7 @@ def build(layout, times, knobs):
     f_at = np.full((num_ranks, num_chunks, layout.num_microbatches), np.inf)  # when what F needs arrives
     i_at = np.full((num_ranks, num_chunks, layout.num_microbatches), np.inf)  # and what I needs
     owed = np.zeros((num_ranks, num_chunks), np.int64)
-    words = np.zeros((num_ranks, 3 * num_chunks * layout.num_microbatches + 2), np.int64)
+    words = np.zeros((num_ranks, 3 * num_chunks * layout.num_microbatches), np.int64)
     length = np.zeros(num_ranks, np.int64)
     held = np.zeros(num_ranks)
     decides = np.zeros(num_ranks)

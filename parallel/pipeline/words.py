@@ -6,7 +6,8 @@ stage of two routes is two chunks. The microbatch is how often that stood there 
 that has none yet. A letter is an int: with C chunks, `op * C + chunk` for a single action, and from 4 * C on an
 overlapped pair, `4 * C + (C * chunk of F + chunk of B) * 2`, plus one if the pair has an I instead of a B.
 
-Words lie in an array words_RL with room to grow, of which rank r uses the first length_R[r] letters.
+Words lie in an array words_RL with room for the longest, F, I and W of everything, of which rank r uses the first
+length_R[r] letters.
 
 Shape letters: R ranks, C chunks a rank, L letters, O ops, S slots, A actions.
 """
@@ -39,9 +40,8 @@ class Layout(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Costs as `build` and `improve` want them: `work_ORC` has the time of F, B, I, W on each chunk, with slow ranks;
-    a pair takes `squeeze` times its parts; `limit` and what is held are counted in chunks, of which `kept` is held
-    from I to W."""
+    """Costs for compiled searches: `work_ORC` has the time of F, B, I, W on each chunk, with slow ranks; a pair takes
+    `squeeze` times its parts; `limit` and what is held are counted in chunks, of which `kept` is held from I to W."""
 
     work_ORC: np.ndarray
     squeeze: float
@@ -56,11 +56,6 @@ def _chunks_of(schedule: Schedule, rank: int) -> list[tuple[int, int]]:
     return sorted(
         (s, route) for route, ranks in enumerate(schedule.placement) for s, r in enumerate(ranks) if r == rank
     )
-
-
-def _room(num_chunks: int, num_microbatches: int) -> int:
-    """The most letters of a word, and two to spare."""
-    return 3 * num_chunks * num_microbatches + 2
 
 
 def layout_of(schedule: Schedule) -> Layout:
@@ -101,7 +96,7 @@ def words_of(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """(words_RL, length_R) of a schedule whose microbatches come in order."""
     chunks = [{chunk: c for c, chunk in enumerate(_chunks_of(schedule, rank))} for rank in range(schedule.num_ranks)]
     num_chunks = len(chunks[0])
-    words = np.zeros((schedule.num_ranks, _room(num_chunks, schedule.num_microbatches)), np.int64)
+    words = np.zeros((schedule.num_ranks, 3 * num_chunks * schedule.num_microbatches), np.int64)
     for rank, program in enumerate(schedule.programs):
         for position, slot in enumerate(program):
             first, *second = (chunks[rank][action.stage, schedule.route_of(action.mb)] for action in slot)
@@ -118,8 +113,7 @@ def schedule_of(like: Schedule, layout: Layout, times: Times, words_RL: np.ndarr
     assert valid
     stage_A, op_A, mb_A = actions_A3.T.tolist()
     actions = make_actions(stage_A, map(Op, op_A), mb_A)
-    first_S = slot_S1.tolist()
-    slots = [tuple(actions[first:end]) for first, end in pairwise(first_S)]
+    slots = [tuple(actions[first:end]) for first, end in pairwise(slot_S1.tolist())]
     programs: list[Program] = [slots[first:end] for first, end in pairwise(rank_R1.tolist())]
     return Schedule(like.name, programs, like.placement, like.num_microbatches)
 
@@ -127,7 +121,8 @@ def schedule_of(like: Schedule, layout: Layout, times: Times, words_RL: np.ndarr
 @njit(cache=True)
 def spell(layout, times, words_RL, length_R):
     """(valid, rank_R1, slot_S1, actions_A3, duration_S, ready_A) of the words: what `actions.Columns` and
-    `simulate.slot_times` would be. Not valid are words that hold too much, or that have a W before its I."""
+    `simulate.slot_times` would be. Not valid are words that hold too much, or that have a W before its I.
+    """
     num_ranks, num_chunks = layout.count_RC.shape
     num_slots = length_R.sum()
     rank_R1 = np.zeros(num_ranks + 1, np.int64)
