@@ -24,9 +24,10 @@ from torch import Tensor
 
 from infra import checkpoint
 from launch.errors import one_line_errors
-from model.config import ModelConfig, RopeScaling
+from model.config import ModelConfig
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
 from model.transformer import Transformer
+from parallel import state
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -81,24 +82,10 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype) -> None:
         CheckpointError: where `source` is none. ValueError: where `target` exists.
     """
     ours = checkpoint.Checkpoint(source)
-    keys = dict(ours.meta["model"])
-    if keys.get("rope_scaling"):
-        keys["rope_scaling"] = RopeScaling(**keys["rope_scaling"])
-    config = ModelConfig(**keys)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in track(names_and_shapes(config).items(), description="writing"):
-            if name.endswith("e_score_correction_bias"):
-                yield name, ours.read([f"bias/{name}"])[f"bias/{name}"]
-            elif ".mlp.experts." in name:
-                stem, leaf = name.rsplit(".", 1)
-                parts = [f"master/{stem}.{e}.{leaf}" for e in range(shape[0])]
-                read = ours.read(parts)
-                yield name, torch.stack([read[part] for part in parts])
-            else:
-                yield name, ours.read([f"master/{name}"])[f"master/{name}"]
-
-    write_hugging_face(target, config, tensors(), dtype)
+    config = state.model_config(ours)
+    shapes = names_and_shapes(config)
+    tensors = ((n, state.whole_tensor(ours, n, shape)) for n, shape in track(shapes.items(), description="writing"))
+    write_hugging_face(target, config, tensors, dtype)
 
 
 def _taken_apart(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

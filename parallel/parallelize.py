@@ -35,14 +35,15 @@ from parallel.pipeline.stage import TransformerStage
 class Replica:
     """What one rank holds: its stages by index, and their parameters in buckets.
 
-    biases: the routing biases of the MoE layers here, by layer; saved_biases: the layers of those that this rank, of
-    all that hold them, writes into checkpoints. first_expert: the whole-model number of the first expert here.
+    bias_LE: the routing biases of all layers of the model, [layers, experts], the same on every rank; the layers here
+    have views of it. biased_layers: those that have such biases. first_expert: the whole-model number of the first
+    expert here.
     """
 
     stages: dict[int, TransformerStage]
     buckets: list[Bucket]
-    biases: dict[int, Tensor]
-    saved_biases: list[int]
+    bias_LE: Tensor
+    biased_layers: list[int]
     first_expert: int
     dispatcher: Dispatcher
 
@@ -122,21 +123,17 @@ def parallelize(
         bucket.sync_weights()
         for name, param in bucket.new_parameters().items():
             _replace(model, name, param)
-    biases: dict[int, Tensor] = {}
-    if config.topk_method == "noaux_tc":
-        for n in mine:
-            block = cast(Block, model.model.layers[n])
-            if block.is_moe:
-                biases[n] = torch.zeros(config.n_routed_experts, device=device)
-                block.mlp.gate.e_score_correction_bias = biases[n]
-    saved_biases = [
-        n for n in biases if mesh.at.dp == 0 and mesh.at.pp == owners[f"model.layers.{n}.mlp.gate.weight"][0]
-    ]
+    num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    bias_LE = torch.zeros(num_layers, config.n_routed_experts, device=device)
+    has_bias = config.topk_method == "noaux_tc"
+    biased_layers = [n for n, block in enumerate(model.model.layers) if has_bias and cast(Block, block).is_moe]
+    for n in set(biased_layers) & set(mine):
+        cast(Block, model.model.layers[n]).mlp.gate.e_score_correction_bias = bias_LE[n]
 
     spec = Spec((*microbatch, config.hidden_size), compute_dtype)
     recompute = parallel.recompute == "full"
     stages = {s: _stage(model, config, s, layers_of, schedule, spec, recompute) for s in held}
-    return Replica(stages, buckets, biases, saved_biases, first_expert, dispatcher)
+    return Replica(stages, buckets, bias_LE, biased_layers, first_expert, dispatcher)
 
 
 def _stage(

@@ -22,14 +22,14 @@ from parallel.parallelize import Replica, is_expert
 def held(replica: Replica, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every named tensor that this rank holds; writing into one changes the state."""
     state = {key: view for bucket in replica.buckets for key, view in _bucket_state(bucket, replica, optimizer)}
-    return state | {_bias_key(n): bias for n, bias in replica.biases.items()}
+    return state | _biases(replica)
 
 
-def saved(replica: Replica, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The part of `held` that this rank writes into a checkpoint: over all ranks, every key exactly once."""
+def saved(replica: Replica, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Tensor]:
+    """The part of `held` that world rank `rank` writes into a checkpoint: over all ranks, every key exactly once."""
     first = [bucket for bucket in replica.buckets if bucket.copy == 0]
     state = {key: view for bucket in first for key, view in _bucket_state(bucket, replica, optimizer)}
-    return state | {_bias_key(n): replica.biases[n] for n in replica.saved_biases}
+    return state | (_biases(replica) if rank == 0 else {})
 
 
 @torch.no_grad()
@@ -43,25 +43,31 @@ def load(checkpoint: Checkpoint, replica: Replica, optimizer: torch.optim.Optimi
         bucket.sync_weights()
 
 
-def whole_model(saved: Checkpoint) -> Transformer:
-    """The model of a checkpoint of any layout, whole, in this process, with its master weights. Multi-token prediction
-    is part of it."""
+def model_config(saved: Checkpoint) -> ModelConfig:
+    """Of the model that a checkpoint holds."""
     keys = dict(saved.meta["model"])
     keys["rope_scaling"] = keys["rope_scaling"] and RopeScaling(**keys["rope_scaling"])
+    return ModelConfig(**keys)
+
+
+def whole_tensor(saved: Checkpoint, name: str, shape: torch.Size) -> Tensor:
+    """One parameter (its master weight) or routing bias of the whole model, experts stacked."""
+    if name.endswith("e_score_correction_bias"):
+        keys = [f"bias/{name}"]
+    elif is_expert(name):
+        stem, leaf = name.rsplit(".", 1)
+        keys = [f"master/{stem}.{e}.{leaf}" for e in range(shape[0])]
+    else:
+        keys = [f"master/{name}"]
+    read = saved.read(keys)
+    return torch.stack([read[key] for key in keys]).view(shape)
+
+
+def whole_model(saved: Checkpoint) -> Transformer:
+    """The model of a checkpoint of any layout, whole, in this process; multi-token prediction is part of it."""
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**keys))
-    tensors: dict[str, Tensor] = {}
-    for name, meta in model.state_dict().items():
-        if name.endswith("e_score_correction_bias"):
-            tensors |= saved.read([f"bias/{name}"])
-            tensors[name] = tensors.pop(f"bias/{name}")
-        elif is_expert(name):
-            stem, leaf = name.rsplit(".", 1)
-            parts = [f"master/{stem}.{e}.{leaf}" for e in range(meta.shape[0])]
-            read = saved.read(parts)
-            tensors[name] = torch.stack([read[part] for part in parts])
-        else:
-            tensors[name] = saved.read([f"master/{name}"])[f"master/{name}"]
+        model = Transformer(model_config(saved))
+    tensors = {name: whole_tensor(saved, name, meta.shape) for name, meta in model.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -82,5 +88,7 @@ def _bucket_state(bucket: Bucket, replica: Replica, optimizer: torch.optim.Optim
                 yield f"{kind}/{name}", view
 
 
-def _bias_key(layer: int) -> str:
-    return f"bias/model.layers.{layer}.mlp.gate.e_score_correction_bias"
+def _biases(replica: Replica) -> dict[str, Tensor]:
+    return {
+        f"bias/model.layers.{n}.mlp.gate.e_score_correction_bias": replica.bias_LE[n] for n in replica.biased_layers
+    }
