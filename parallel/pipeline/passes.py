@@ -1,7 +1,7 @@
 """What is done to schedules: add their communication, write and read them as CSV.
 
-`lower` takes all compute slots in one order that the dependencies allow - by their start, when every F, I and W takes
-one unit of time - and puts the transfer of each result directly behind the slots that start when its own does. Every
+`lower` takes all compute slots in one order that the dependencies allow - by their start, when every action takes one
+unit of time - and puts the transfer of each result directly behind the slots that start when its own does. Every
 rank then gets what concerns it, in that one order. So for any two ranks both sides name the same messages in the same
 order, which NCCL needs, since it has no tags; and of all that has not happened yet, the first in that order can
 always happen, so that blocking sends cannot deadlock. A receive stands as early as its sender's slot starts: it can
@@ -13,11 +13,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
-from parallel.pipeline.actions import Action, Lowered, Op, Program, Schedule, Slot, make_actions
+from parallel.pipeline.actions import OPS, Action, Lowered, Op, Program, Schedule, Slot, make_actions
 from parallel.pipeline.replay import replay
 from parallel.pipeline.validate import ScheduleError, check_lowered, check_slots, validate
 
@@ -45,39 +45,38 @@ def lower(schedule: Schedule) -> Lowered:
     crosses = src != dst
     rows, src, dst = rows[crosses], src[crosses], dst[crosses]
     forward = op_A[rows] == Op.F
-    mbs = mb_A[rows].tolist()
-    sends = make_actions(stage_A[rows].tolist(), _where(forward, Op.SEND_F, Op.SEND_B), mbs)
-    receives = make_actions(reader_A[rows].tolist(), _where(forward, Op.RECV_F, Op.RECV_B), mbs)
 
     # What each rank does, in the one order: by start of the slot; slots that start together come before their
-    # transfers.
-    items = [slot for program in schedule.programs for slot in program] + sends + receives
+    # transfers. Items are the slots, then the sends, then the receives.
     slot_of_rows = np.searchsorted(slot_S1, rows, side="right") - 1
     rank_I = np.concatenate((np.repeat(np.arange(schedule.num_ranks), np.diff(rank_R1)), src, dst))
     start_I = np.concatenate((start_S, start_S[slot_of_rows], start_S[slot_of_rows]))
     row_I = np.concatenate((np.full(num_slots, -1), rows, rows))  # -1: slots first
     order = np.lexsort((row_I, start_I, rank_I))
-    return Lowered(schedule, _batch(items, order, num_slots, rank_I[order], schedule.num_ranks))
+    is_message = order >= num_slots
+    message = order[is_message] - num_slots
+    stages = np.concatenate((stage_A[rows], reader_A[rows]))[message]
+    ops = np.concatenate((np.where(forward, Op.SEND_F, Op.SEND_B), np.where(forward, Op.RECV_F, Op.RECV_B)))[message]
+    mbs = np.tile(mb_A[rows], 2)[message]
+    messages = make_actions(stages.tolist(), map(OPS.__getitem__, ops.tolist()), mbs.tolist())
+    return Lowered(schedule, _merge(schedule.programs, messages, is_message, rank_I[order]))
 
 
-def _where(condition: np.ndarray, yes: Op, no: Op) -> list[Op]:
-    return [yes if one else no for one in condition.tolist()]
-
-
-def _batch(items: list, order: np.ndarray, num_slots: int, rank_I: np.ndarray, num_ranks: int) -> list[Program]:
-    """Programs of the items in this order: the first `num_slots` are slots, runs of the others become one slot."""
-    transfers = order >= num_slots
-    begins = np.ones(len(order), dtype=bool)  # an item that continues the batch before it does not begin a slot
-    begins[1:] = ~(transfers[1:] & transfers[:-1] & (rank_I[1:] == rank_I[:-1]))
-    firsts = np.flatnonzero(begins)
-    ends = np.append(firsts[1:], len(order))
-    ordered = [items[k] for k in order.tolist()]
-    slots = [
-        tuple(ordered[first:end]) if transfer else ordered[first]
-        for first, end, transfer in zip(firsts.tolist(), ends.tolist(), transfers[firsts].tolist(), strict=True)
-    ]
-    bounds = np.searchsorted(rank_I[firsts], np.arange(num_ranks + 1)).tolist()
-    return [slots[first:end] for first, end in pairwise(bounds)]
+def _merge(
+    programs: list[Program], messages: list[Action], is_message: np.ndarray, rank_I: np.ndarray
+) -> list[Program]:
+    """The slots of `programs` and between them the messages; `is_message` and `rank_I` say whose turn it is, and on
+    which rank. Messages between two slots become one slot.
+    """
+    begins = np.ones(len(rank_I), dtype=bool)  # an item that continues the batch before it does not begin a slot
+    begins[1:] = ~(is_message[1:] & is_message[:-1] & (rank_I[1:] == rank_I[:-1]))
+    bounds = np.append(np.flatnonzero(begins[is_message]), len(messages)).tolist()
+    every = tuple(messages)
+    batches = (every[first:end] for first, end in pairwise(bounds))
+    slots = chain.from_iterable(programs)
+    merged = [next(batches) if one else next(slots) for one in is_message[begins].tolist()]
+    ends = np.searchsorted(rank_I[begins], np.arange(len(programs) + 1)).tolist()
+    return [merged[first:end] for first, end in pairwise(ends)]
 
 
 def forward_only(schedule: Schedule) -> Schedule:

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.pipeline.actions import Action, Op
+from parallel.pipeline.actions import OPS, Action, Op
 
-OPS = tuple(Op)
 WARM_UP, COOL_DOWN, WAITING = "warm-up", "cool-down", "waiting"
 
 
