@@ -91,15 +91,17 @@ def auto(
             f"memory_limit = {limit:g}: a rank holds at least the activations of one microbatch, so the least is 1"
         )
     costs = replace(costs or Costs(), jitter=0.0)
-    empties = _placements(num_ranks, num_microbatches, costs, shape, stages_per_rank)
-    known = [_one_at_a_time(empties[0])]
-    simulate(known[0], costs)  # costs that do not fit say so
-    for schedule in known_schedules(num_ranks, num_microbatches, costs, limit, stages_per_rank):
-        if any(schedule.placement == empty.placement for empty in empties):
-            known.append(schedule)
+    by_shape = _placements(num_ranks, num_microbatches, costs, shape, stages_per_rank)
+    serial = _one_at_a_time(by_shape[0][0])
+    simulate(serial, costs)  # costs that do not fit say so
+    known = [serial, *known_schedules(num_ranks, num_microbatches, costs, limit, stages_per_rank)]
+    found: list[Schedule] = []
     with Progress(console=Console(stderr=True), transient=True, disable=num_ranks * num_microbatches <= QUIET) as bar:
-        found = _search([_place(empty, costs, limit) for empty in empties], known, costs, bar)
-    return replace(min(known + found, key=lambda schedule: _time_and_memory(schedule, costs)), name="auto")
+        for empties in by_shape:  # each for itself: any is then never slower than one of them
+            placements = [empty.placement for empty in empties]
+            here = [schedule for schedule in known if schedule.placement in placements] or [_one_at_a_time(empties[0])]
+            found += here + _search([_place(empty, costs, limit) for empty in empties], here, costs, bar)
+    return replace(min(found, key=lambda schedule: _time_and_memory(schedule, costs)), name="auto")
 
 
 def known_schedules(
@@ -141,27 +143,27 @@ def _fits(num_stages: int, costs: Costs) -> bool:
 
 def _placements(
     num_ranks: int, num_microbatches: int, costs: Costs, shape: str, stages_per_rank: int
-) -> list[Schedule]:
-    """One schedule without programs for every placement that the shape allows and the costs fit."""
+) -> list[list[Schedule]]:
+    """For every shape that is allowed, its placements that the costs fit, as schedules without programs."""
     if shape not in SHAPES:
         raise ValueError(f"shape = {shape!r}: choose one of {', '.join(SHAPES)}")
     ranks = tuple(range(num_ranks))
-    placements: list[tuple[str, tuple[tuple[int, ...], ...]]] = [("loop", (ranks,)), ("v", (ranks + ranks[::-1],))]
-    if stages_per_rank > 1:
-        placements.append(("loop", (ranks * stages_per_rank,)))
-    if _can_be_bidirectional(num_ranks, num_microbatches):
-        placements.append(("bidirectional", (ranks, ranks[::-1])))
-    elif shape == "bidirectional":
-        raise ValueError(
-            f"shape = 'bidirectional' needs an even number of ranks and two microbatches, got {num_ranks} and "
-            f"{num_microbatches}: choose v"
-        )
-    empties = [
-        Schedule("auto", [[] for _ in ranks], placement, num_microbatches)
-        for name, placement in placements
+    loop = [(ranks,), (ranks * stages_per_rank,)] if stages_per_rank > 1 else [(ranks,)]
+    placements: dict[str, list] = {"loop": loop, "v": [(ranks + ranks[::-1],)], "bidirectional": [(ranks, ranks[::-1])]}
+    if not _can_be_bidirectional(num_ranks, num_microbatches):
+        if shape == "bidirectional":
+            raise ValueError(
+                f"shape = 'bidirectional' needs an even number of ranks and two microbatches, got {num_ranks} and "
+                f"{num_microbatches}: choose v"
+            )
+        del placements["bidirectional"]
+    by_shape = [
+        [Schedule("auto", [[] for _ in ranks], placement, num_microbatches) for placement in placements[name]]
+        for name in placements
         if shape in (name, "any")
     ]
-    return [empty for empty in empties if _fits(empty.num_stages, costs)] or empties[-1:]
+    fitting = [[empty for empty in empties if _fits(empty.num_stages, costs)] for empties in by_shape]
+    return [empties for empties in fitting if empties] or by_shape
 
 
 def _one_at_a_time(empty: Schedule) -> Schedule:

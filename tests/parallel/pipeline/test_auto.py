@@ -97,6 +97,13 @@ def test_it_wins_where_there_is_something_to_win():
     assert time_and_memory(schedule, costs)[1] <= 2
 
 
+@pytest.mark.parametrize("limit", [2, 5, 100])
+def test_any_is_never_slower_than_one_shape(limit):
+    costs = Costs(1, 1.4, 0.7, 2.7, p2p=0.1)
+    anyhow, *each = (time_and_memory(auto(4, 9, costs, limit, shape), costs)[0] for shape in reversed(OF_SHAPE))
+    assert anyhow <= min(each)
+
+
 @pytest.mark.parametrize("shape", ["loop", "v", "any"])
 def test_one_rank_is_never_idle(shape):
     costs = Costs(1, 2, 3)
