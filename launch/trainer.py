@@ -30,7 +30,6 @@ from parallel.pipeline.executor import Executor
 from parallel.pipeline.measure import bubble_fraction, clock_offset
 from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import forward_only, lower
-from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.stage import BatchScale
 
 Record = dict[str, float]
@@ -57,7 +56,7 @@ class Trainer:
             config.model,
             parallel,
             self.mesh,
-            self._schedule(self._num_microbatches(train.global_batch_size)),
+            parallel.make_schedule(self._num_microbatches(train.global_batch_size)),
             precision=config.precision,
             device=world.device,
             seed=train.seed,
@@ -219,11 +218,8 @@ class Trainer:
     def _num_microbatches(self, size: int) -> int:
         return size // (self.config.train.microbatch_size * self.mesh.config.dp)
 
-    def _schedule(self, num_microbatches: int):
-        return SCHEDULES[self.config.parallel.schedule](self.mesh.config.pp, num_microbatches)
-
     def _make_executor(self, num_microbatches: int, training: bool) -> Executor:
-        schedule = self._schedule(num_microbatches)
+        schedule = self.config.parallel.make_schedule(num_microbatches)
         if not training:
             schedule = forward_only(schedule)
         rank = self.mesh.at.pp

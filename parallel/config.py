@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parallel.expert import DISPATCH_DTYPES, DISPATCHERS
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import SCHEDULES
 
+SCHEDULE_NAMES = (*SCHEDULES, "auto")
 RECOMPUTE = ("none", "full")
 
 
@@ -20,11 +22,12 @@ def check_choice(name: str, value: object, choices: object) -> None:
 class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
 
-    schedule: one of `SCHEDULES`. dispatcher: how tokens reach their experts; `local` needs ep=1. dispatch_dtype: what
-    dispatched rows travel in, one of `DISPATCH_DTYPES`. force_balance: tokens are spread evenly, whatever the router
-    says: for benchmarks, and labelled in the record. overlap: a slot of
-    two interleaves its phases, so that communication travels while the other microbatch computes. recompute: what the
-    backward computes again instead of keeping it.
+    schedule: one of `SCHEDULE_NAMES`.
+    dispatcher: how tokens reach their experts; `local` needs ep=1.
+    dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`.
+    force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
+    overlap: a slot of two interleaves its phases, so that communication travels while the other microbatch computes.
+    recompute: what the backward computes again instead of keeping it.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
     ranks_per_node: ranks of one machine; routing groups are laid on nodes.
     """
@@ -41,7 +44,7 @@ class ParallelConfig:
     layers_per_stage: list[int] | None = None
 
     def __post_init__(self) -> None:
-        check_choice("parallel.schedule", self.schedule, SCHEDULES)
+        check_choice("parallel.schedule", self.schedule, SCHEDULE_NAMES)
         check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
@@ -50,3 +53,15 @@ class ParallelConfig:
                 f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "
                 "use parallel.dispatcher=all_to_all or two_hop"
             )
+
+    def make_schedule(self, num_microbatches: int) -> Schedule:
+        """The schedule over `pp` ranks.
+
+        `auto` is searched for in the shape of a V, whose placement does not depend on the number of microbatches, for
+        equal F, I and W, within the activations that DualPipe holds.
+        """
+        if self.schedule != "auto":
+            return SCHEDULES[self.schedule](self.pp, num_microbatches)
+        from parallel.pipeline.auto import auto  # compiled code that only a search needs
+
+        return auto(self.pp, num_microbatches, memory_limit=self.pp + 1, shape="v")

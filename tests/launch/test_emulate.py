@@ -125,7 +125,7 @@ def test_nothing_stays_behind_when_it_is_killed(tmp_path, signal_number):
     process = start(script, "nodes=2", "ranks_per_node=1")
     _wait_until(lambda: _alive(script))
     process.send_signal(signal_number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=90)
     assert "Traceback" not in err
     if signal_number == signal.SIGKILL:  # what cannot be caught is cleaned up by the next start
         assert namespaces_of(process.pid)

@@ -77,7 +77,7 @@ def build(
 ) -> tuple[Replica, Executor, Mesh]:
     """This rank's part, and its executor; one sequence a microbatch."""
     mesh = Mesh(MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world))
-    schedule = SCHEDULES[parallel.schedule](parallel.pp, num_microbatches)
+    schedule = parallel.make_schedule(num_microbatches)
     replica = parallelize(
         config,
         parallel,
