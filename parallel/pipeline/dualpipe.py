@@ -6,9 +6,9 @@ the other. DualPipeV folds a chain of 2h stages at its middle, so that direction
 rank's *position* is its distance from the outer end. (DeepSeek-V3 report, section 3.2.1; the phases are those of
 DeepSeek's published code.)
 
-The phases want 2h microbatches a direction. With fewer, the order is that of 2h with the
-microbatches that do not exist struck out: still valid, still as low in memory, but with forwards and backwards that
-have lost the partner to overlap with: `shortfall` says how many.
+The phases want 2h microbatches a direction. With fewer, the order is that of 2h with the microbatches that do not exist
+struck out: still valid, still as low in memory, but with forwards and backwards that have lost the partner to overlap
+with: `shortfall` says how many.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     if num_ranks < 2 or num_ranks % 2:
         raise ValueError(f"dualpipe needs an even number of ranks, got {num_ranks}: use {num_ranks + 1}, or dualpipev")
     if num_microbatches < 2:
-        raise ValueError(f"dualpipe needs a microbatch for each of its two directions, got {num_microbatches}")
+        raise ValueError(f"dualpipe needs a microbatch for each of its two directions, got {num_microbatches}: use 2")
     down = (num_microbatches + 1) // 2
     programs = []
     for rank in range(num_ranks):

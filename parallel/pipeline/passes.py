@@ -109,20 +109,23 @@ def to_csv(schedule: Schedule | Lowered) -> str:
 
 
 def from_csv(text: str, name: str = "csv") -> Schedule:
-    """The schedule of such a CSV, validated. Cells may be empty; stages are placed on the rank whose row has them.
+    """The schedule of such a CSV, validated. Stages are placed on the rank whose row has them; cells may be empty, and
+    empty lines are skipped.
 
     Sends and receives, if there are any, are checked for deadlock - neighbours in a row as one batch - and then
     dropped: `lower` makes them. So are torch's UNSHARD, RESHARD and REDUCE_GRAD. Raises ValueError with the place of
     what is wrong.
     """
     programs: list[Program] = []
-    for rank, row in enumerate(csv.reader(io.StringIO(text, newline=""))):
+    for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+        if not row:
+            continue
         programs.append([])
         for column, cell in enumerate(row):
             try:
                 slot = _parse_cell(cell)
             except ValueError as error:
-                raise ValueError(f"{name}: row {rank + 1}, column {column + 1}: {error}") from None
+                raise ValueError(f"{name}: row {number}, column {column + 1}: {error}") from None
             if slot and slot[0].op > Op.W and programs[-1] and programs[-1][-1][0].op > Op.W:
                 programs[-1][-1] += slot
             elif slot:

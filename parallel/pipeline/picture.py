@@ -112,7 +112,8 @@ def _draw_memory(axes, timeline: Timeline) -> None:
     ranks = range(timeline.num_ranks)
     for rank, colour in zip(ranks, colormaps["plasma"](np.linspace(0.05, 0.85, max(len(ranks), 1))), strict=False):
         times, live = timeline.memory_curve(rank)
-        axes.step(np.append(times, timeline.step_time), np.append(live, live[-1:]), where="post", color=colour, lw=1.0)
+        times, live = np.concatenate(([0.0], times, [timeline.step_time])), np.concatenate(([0.0], live, live[-1:]))
+        axes.step(times, live, where="post", color=colour, lw=1.0)
     axes.set_ylim(0, None)
     axes.set_ylabel("live activations", color=_SOFT, fontsize=9)
     axes.grid(color=_LINE, lw=0.6)

@@ -31,28 +31,24 @@ SEND_WHEN = ("ready", "slot_end")
 class Costs:
     """Times of one microbatch, in any one unit.
 
-    f, i, w:         forward, input gradient, weight gradient of 1/PP of the model: a rank that holds v stages of a
-    route spends 1/v on each. Or a list with one time a stage, which is the time of that very stage. fb:
-    an overlapped pair F&B of 1/PP of the model; default f + i + w, no gain. Pairs of other parts (F&I, stages of
-    other sizes) are squeezed in the same ratio. p2p:             from one rank to another: the latency, to which
-    p2p_bytes / p2p_bandwidth are added. optimizer:       after the last slot of all ranks. kept_after_i:    the share
-    of a microbatch's activations that is held from I to W. send_when:       ready or slot_end. slow:
-    {rank: factor} on the time of every slot of that rank. jitter:          the relative standard deviation of the
-    time of every slot: log-normal, mean 1.
+    f, i and w are those of 1/PP of the model: a rank that holds v stages of a route spends 1/v on each. Or a list with
+    one time a stage, which is the time of that very stage. Raises ValueError for what cannot be.
     """
 
-    f: Any = 1.0  # float | list[float], a union that OmegaConf does not know
-    i: Any = 1.0
-    w: Any = 1.0
+    f: Any = 1.0  # forward: float | list[float], a union that OmegaConf does not know
+    i: Any = 1.0  # input gradient
+    w: Any = 1.0  # weight gradient
+    # An overlapped pair F&B of 1/PP of the model; None is f + i + w, no gain. Pairs of other parts (F&I, stages of
+    # other sizes) are squeezed in the same ratio.
     fb: float | None = None
-    p2p: float = 0.0
+    p2p: float = 0.0  # from one rank to another: the latency, to which p2p_bytes / p2p_bandwidth are added
     p2p_bytes: float = 0.0
     p2p_bandwidth: float = math.inf
-    optimizer: float = 0.0
-    kept_after_i: float = 1.0
-    send_when: str = "ready"
-    slow: dict[int, float] = field(default_factory=dict)
-    jitter: float = 0.0
+    optimizer: float = 0.0  # after the last slot of all ranks
+    kept_after_i: float = 1.0  # the share of a microbatch's activations that is held from I to W
+    send_when: str = "ready"  # or slot_end
+    slow: dict[int, float] = field(default_factory=dict)  # rank: factor on the time of its every slot
+    jitter: float = 0.0  # relative standard deviation of the time of every slot: log-normal, mean 1
 
     @property
     def p2p_time(self) -> float:
@@ -117,22 +113,19 @@ def slot_times(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray
     stage_A, op_A, _ = actions_A3.T
     times = stage_times(schedule, costs)
     time_A = times[op_A, stage_A]
-    first = slot_S1[:-1]
-    parts_S = np.add.reduceat(time_A, first)
-    pairs = np.flatnonzero(np.diff(slot_S1) == 2)
-    duration_S = parts_S
-    if costs.fb is not None and len(pairs):
-        whole = times[:2].sum() / schedule.num_ranks  # F + I + W of 1/PP of the model
-        duration_S = parts_S.copy()
-        duration_S[pairs] = parts_S[pairs] * costs.fb / whole
+    first, size_S = slot_S1[:-1], np.diff(slot_S1)
+    duration_S = np.add.reduceat(time_A, first)
+    pairs = size_S == 2
+    whole = times[:2].sum() / schedule.num_ranks  # F + I + W of 1/PP of the model
+    if costs.fb is not None:
+        duration_S[pairs] = duration_S[pairs] * costs.fb / whole
     if costs.send_when == "slot_end":
-        return duration_S, np.repeat(duration_S, np.diff(slot_S1))
+        return duration_S, np.repeat(duration_S, size_S)
     ready_A = np.where(op_A == Op.B, times[Op.I, stage_A], time_A)
     second = first[pairs] + 1
     ready_A[second] += time_A[second - 1]
     if costs.fb is not None:
-        for rows in (second - 1, second):
-            ready_A[rows] *= costs.fb / whole if len(pairs) else 1.0
+        ready_A[np.repeat(pairs, size_S)] *= costs.fb / whole
     return duration_S, ready_A
 
 

@@ -255,7 +255,7 @@ def test_csv_with_the_communication_of_torch():
     ("text", "message"),
     [
         ("0F0,0X0", r"csv: row 1, column 2: '0X0' is not an action"),
-        ("0F0,0B0\r\n1F0,(1B0;1F1)OVERLAP", r"row 2, column 2: '\(1B0;1F1\)OVERLAP' is not an action"),
+        ("0F0,0B0\r\n\r\n1F0,(1B0;1F1)OVERLAP", r"row 3, column 2: '\(1B0;1F1\)OVERLAP' is not an action"),
         ("0F0,0B0\n0F1,0B1", "stage 0 is in the rows of ranks 0 and 1"),
         ("0F0,0B0\n2F0,2B0", "stage 1 is missing, though there is stage 2"),
         ("0F0,0B0,0F999999999999,0B999999999999", "microbatch 1 is missing"),
