@@ -42,6 +42,7 @@ from launch.summary import Row, as_csv, as_html, as_table
 from parallel.config import check_choice
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
+from parallel.pipeline.dualpipe import shortfall
 from parallel.pipeline.passes import ScheduleError, from_csv, to_csv
 from parallel.pipeline.render import chrome_trace, facts, html, picture, text
 from parallel.pipeline.schedules import SCHEDULES
@@ -154,7 +155,7 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # a spreadsheet writes a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
 
@@ -184,7 +185,9 @@ def report_of(config: SimulateConfig, costs: Costs, schedule: Schedule, timeline
     return report
 
 
-def write(folder: Path, config: SimulateConfig, costs: Costs, schedule: Schedule, timeline: Timeline) -> list[str]:
+def write(
+    folder: Path, config: SimulateConfig, costs: Costs, schedule: Schedule, timeline: Timeline, report: dict[str, Any]
+) -> list[str]:
     """Writes the files of one run into `folder`; returns their names."""
     programs = [[list(map(str, slot)) for slot in program] for program in schedule.programs]
     as_data = {
@@ -194,7 +197,7 @@ def write(folder: Path, config: SimulateConfig, costs: Costs, schedule: Schedule
         "programs": programs,
     }
     files: dict[str, str | bytes] = {
-        "report.json": json.dumps(report_of(config, costs, schedule, timeline), indent=2, allow_nan=False),
+        "report.json": json.dumps(report, indent=2, allow_nan=False),
         "schedule.json": json.dumps(as_data),
     }
     if schedule.num_routes == 1:
@@ -217,7 +220,8 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
     console.print(text(timeline, console.width), soft_wrap=True)
     console.print()
     columns = ("rank", "busy", "bubble", WARM_UP, COOL_DOWN, "waiting", "most for", "memory", "live")
-    table = Table(*columns, box=SIMPLE_HEAD, caption="memory, live: most activations and microbatches held at once")
+    caption = "memory, live: most activations and microbatches held at once"
+    table = Table(*columns, box=SIMPLE_HEAD, caption=caption, collapse_padding=True, pad_edge=False)
     for column in table.columns:
         column.justify = "right"
     for rank in range(schedule.num_ranks):
@@ -277,7 +281,8 @@ def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, conso
 
 def costs_in_ms(schedule: Schedule, costs: Costs, unit_ms: float) -> Costs:
     f, _, i, w = (stage_times(schedule, costs) * unit_ms).tolist()
-    return replace(costs, f=f, i=i, w=w, p2p=costs.p2p_time * unit_ms, p2p_bytes=0.0, optimizer=0.0)
+    fb = None if costs.fb is None else costs.fb * unit_ms
+    return replace(costs, f=f, i=i, w=w, fb=fb, p2p=costs.p2p_time * unit_ms, p2p_bytes=0.0, optimizer=0.0)
 
 
 def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> None:
@@ -289,8 +294,14 @@ def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> 
     if config.execute:
         return run_for_real(config, costs, schedule, console)
     show(console, schedule, timeline, config.unit)
+    report = report_of(config, costs, schedule, timeline)
+    if costs.jitter:
+        figures = ", ".join(f"{float(q):.0%} {time:.6g}" for q, time in report["step_time_quantiles"].items())
+        console.print(f"step time, quantiles of {config.num_runs} runs with jitter: {figures}", soft_wrap=True)
+    if lost := shortfall(schedule):
+        console.print(lost, soft_wrap=True)
     if config.out is not None:
-        names = write(Path(config.out), config, costs, schedule, timeline)
+        names = write(Path(config.out), config, costs, schedule, timeline, report)
         console.print(f"{config.out}: {' '.join(names)}", markup=False, highlight=False, soft_wrap=True)
         if "timeline.html" not in names:
             console.print(f"no pictures: {len(timeline.op_A):,} actions, of at most {MOST_DRAWN:,} that a viewer holds")
@@ -317,7 +328,8 @@ def run_of_sweep(config: SimulateConfig, overrides: list[str], number: int) -> R
         return row | {"note": line}
     if config.out is not None:
         name = f"{number:03d}_{schedule.name}_pp{schedule.num_ranks}_m{schedule.num_microbatches}"
-        write(Path(config.out) / name.replace("/", "_"), config, costs, schedule, timeline)
+        report = report_of(config, costs, schedule, timeline)
+        write(Path(config.out) / name.replace("/", "_"), config, costs, schedule, timeline, report)
     return row | {
         "pp": schedule.num_ranks,
         "num_microbatches": schedule.num_microbatches,

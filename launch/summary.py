@@ -16,12 +16,11 @@ Row = dict[str, Any]  # values are text, numbers, or None for what is not known
 
 def as_table(rows: Sequence[Row]) -> Table:
     """For the terminal. Numbers with six digits, shares (keys with "fraction") in per cent."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for key in rows[0]:
         numeric = any(isinstance(row[key], int | float) for row in rows)
-        header = key.replace("_", " ")
-        width = max(map(len, header.split()))
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold", min_width=width)
+        header = key.replace("_", "\n")
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_text(key, value) for key, value in row.items()))
     return table
@@ -65,7 +64,8 @@ _PAGE = """<!doctype html>
   th.up::after { content: " \\2191"; }
   th.down::after { content: " \\2193"; }
   th, td { padding: 5px 14px; border-bottom: 1px solid #e2e5eb; }
-  td.number { text-align: right; white-space: nowrap; }
+  td { white-space: nowrap; }
+  td.number { text-align: right; }
   tr:hover td { background-color: #f3f6fb; }
 </style>
 </head>

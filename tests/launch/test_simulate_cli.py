@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from launch import simulate as cli
 from launch.simulate import costs_of
 from parallel.pipeline.actions import Action
 from parallel.pipeline.passes import from_csv
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.simulate import Costs
 
 
 @pytest.fixture
@@ -100,9 +103,10 @@ def test_slow_ranks_and_jitter(run, tmp_path: Path) -> None:
     words = ("parallel.schedule=1f1b", "parallel.pp=2", "num_microbatches=4", "num_runs=20", "costs.slow={1: 2.0}")
     run(*words, "out=A")
     assert report(tmp_path / "A")["busy_time"] == [12, 24]
-    run(*words, "costs.jitter=0.1", "out=B")
+    printed, _ = run(*words, "costs.jitter=0.1", "out=B")
     low, middle, high = report(tmp_path / "B")["step_time_quantiles"].values()
     assert low < middle < high
+    assert f"quantiles of 20 runs with jitter: 5% {low:.6g}, 50% {middle:.6g}, 95% {high:.6g}" in printed
 
 
 def test_stages_per_rank_and_zero_bubble(run, tmp_path: Path) -> None:
@@ -126,6 +130,29 @@ def test_auto_keeps_its_shape_and_limit(run, tmp_path: Path) -> None:
         if fixed is not None:
             run(f"parallel.schedule={fixed}", *words, "out=B")
             assert found["step_time"] <= report(tmp_path / "B")["step_time"]
+
+
+def test_too_few_microbatches_are_said(run) -> None:
+    assert (
+        "wants 8 microbatches or more: with 3, 0 of 12 forwards overlap"
+        in run("parallel.pp=4", "num_microbatches=3")[0]
+    )
+    assert "or more" not in run("parallel.pp=4", "num_microbatches=8")[0]
+
+
+def test_a_csv_of_a_spreadsheet(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_bytes(b"\xef\xbb\xbf0F0,0B0,\r\n\r\n1F0,1B0,\r\n\r\n")
+    assert "mine.csv, 2 ranks, 1 microbatches" in run("parallel.schedule_csv=mine.csv")[0]
+
+
+def test_the_help_names_every_option(run) -> None:
+    said = run("--help")[0]
+    for option in fields(Costs):
+        assert re.search(rf"\b(costs\.)?{option.name}\b", said.partition("The defaults")[0]), option.name
+    for option in (*fields(cli.PipelineConfig), *fields(cli.AutoConfig), *fields(cli.SimulateConfig)):
+        assert option.name in said.partition("The defaults")[0], option.name
+    for name in (*SCHEDULES, *cli.MADE_FOR_COSTS):
+        assert name in said
 
 
 def test_large_steps_are_not_drawn(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +187,7 @@ def test_a_sweep_ends_with_one_table(run, tmp_path: Path) -> None:
 
 def test_a_sweep_without_out_writes_nothing(run, tmp_path: Path) -> None:
     printed, refused = run("-m", "parallel.schedule=1f1b,gpipe", "parallel.pp=2")
-    assert "step time" in printed
+    assert len(re.findall(r"^ +(?:1f1b|gpipe) ", printed, re.MULTILINE)) == 2
     assert refused == ""
     assert list(tmp_path.iterdir()) == []
 
