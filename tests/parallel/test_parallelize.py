@@ -5,6 +5,7 @@ import torch
 
 from infra.optim import reduce_gradients
 from parallel.config import ParallelConfig
+from parallel.pipeline.schedules import SCHEDULES
 from tests.parallel.layouts import begin, build, reference_gradients, tiny
 from tests.ranks import run_ranks
 
@@ -71,3 +72,20 @@ def test_experts_and_pipelines(dispatcher, schedule, pp, ep, world):
 @pytest.mark.parametrize("depths", [0, 2])
 def test_multi_token_prediction_of_any_depth(depths):
     check_layout(tiny(num_nextn_predict_layers=depths), ParallelConfig(pp=2, schedule="dualpipe"), 2, 4)
+
+
+EVERY = [(name, pp) for name in SCHEDULES for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "pp"), EVERY)
+def test_every_schedule_with_uneven_stages_and_no_expert_on_the_first_rank(schedule, pp):
+    """More layers than stages by three, an uneven number of microbatches, MTP, and a first stage of dense layers."""
+    num_microbatches = 2 * pp + 1
+    num_stages = SCHEDULES[schedule](pp, num_microbatches).num_stages
+    num_layers = num_stages + 3
+    config = tiny(num_hidden_layers=num_layers, first_k_dense_replace=2)
+    layers_per_stage = [2] * min(num_stages, 2) + [1] * (num_stages - 2)
+    layers_per_stage[-1] += num_layers - sum(layers_per_stage)
+    parallel = ParallelConfig(pp=pp, schedule=schedule, layers_per_stage=layers_per_stage)
+    check_layout(config, parallel, pp, num_microbatches)

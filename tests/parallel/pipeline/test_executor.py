@@ -1,0 +1,252 @@
+"""What runs is what was simulated: the order, what is live, the bytes - and a step that fails says where, and ends."""
+
+import multiprocessing as mp
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model.linear import Linear
+from parallel.pipeline.auto import auto
+from parallel.pipeline.executor import Executor, PipelineError
+from parallel.pipeline.p2p import P2P, Spec
+from parallel.pipeline.passes import lower
+from parallel.pipeline.phases import Compute
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.simulate import Costs, simulate
+from parallel.pipeline.synthetic import SyntheticStage
+from parallel.pipeline.weight_grad import WeightGrads
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+SPEC = Spec((4, 8), torch.float64)
+EVERY = {**SCHEDULES, "auto": lambda pp, num_microbatches: auto(pp, num_microbatches, Costs())}
+
+
+def executor_of(schedule, rank, stages, groups):
+    p2p = P2P(range(schedule.num_ranks), rank, *groups, CPU)
+    return Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p)
+
+
+class Counting(SyntheticStage):
+    """Takes no time, and counts over all stages of its rank what is live."""
+
+    def __init__(self, live):
+        super().__init__(0, 0, 0, SPEC, CPU, lambda seconds: None)
+        self.live = live
+
+    def forward(self, mb, x):
+        self.live.append(self.live[-1] + 1)
+        return super().forward(mb, x)
+
+    def backward(self, mb, grad, split):
+        if not split:
+            self.live.append(self.live[-1] - 1)
+        return super().backward(mb, grad, split)
+
+    def weight_grad(self, mb):
+        self.live.append(self.live[-1] - 1)
+
+
+def run_every(rank, world, shapes):
+    groups = (dist.new_group(), dist.new_group())
+    result = {}
+    for name, num_microbatches in shapes:
+        schedule = EVERY[name](world, num_microbatches)
+        live = [0]
+        executor = executor_of(schedule, rank, {s: Counting(live) for s in schedule.stages_of(rank)}, groups)
+        for _ in range(2):  # a second step starts from a clean table
+            executor.step()
+        result[name, num_microbatches] = ([str(span.action) for span in executor.spans], max(live))
+        assert live[-1] == 0
+    return result
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_executed_order_and_peak_live_are_the_simulated(pp):
+    names = [name for name in EVERY if pp > 1 or name != "dualpipe"]  # which has two ends
+    shapes = [(name, n) for name in names for n in (2 * pp, 2 * pp + 3)]
+    ranks = run_ranks(pp, run_every, shapes)
+    for name, n in shapes:
+        timeline = simulate(EVERY[name](pp, n))
+        for rank in range(pp):
+            order, peak = ranks[rank][name, n]
+            assert order == [str(span.action) for span in timeline.spans[rank]], (name, n, rank)
+            assert peak == timeline.peak_live(rank), (name, n, rank)
+
+
+# Bytes
+
+
+class Held:
+    """A tensor that autograd keeps; alive as long as autograd keeps it."""
+
+    alive: ClassVar = weakref.WeakSet()
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Held.alive.add(self)
+
+
+class MLPStage:
+    """Equal layers, so that every stage of every microbatch keeps the same; no embedding, no loss."""
+
+    def __init__(self, is_first, layers=6):
+        torch.manual_seed(0)
+        modules = [Linear(64, 64) for _ in range(layers)]
+        for module in modules:
+            nn.init.normal_(module.weight, std=0.1)
+        self.parameters = [module.weight for module in modules]
+        self.is_first, self.output = is_first, Spec((16, 64), torch.float32)
+        net = nn.Sequential(*(part for module in modules for part in (module, nn.GELU())))
+        self.phase = Compute("layers", ("x",), ("y",), lambda x: (net(x),))
+        self.saved, self.weight_grads = {}, WeightGrads()
+        for module in modules:
+            module.weight_grad = self.weight_grads
+
+    def forward(self, mb, x):
+        yield "layers"
+        x = torch.randn(16, 64) if x is None else x
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            (y,), self.saved[mb] = self.phase.forward([x], True)
+        return y
+
+    def backward(self, mb, grad, split):
+        yield "layers"
+        grad = torch.ones(16, 64) if grad is None else grad
+        if split:
+            with self.weight_grads.deferred(mb):
+                (dx,) = self.phase.backward(self.saved.pop(mb), [grad])
+        else:
+            (dx,) = self.phase.backward(self.saved.pop(mb), [grad])
+        return None if self.is_first else dx
+
+    def weight_grad(self, mb):
+        self.weight_grads.run(mb)
+
+
+def held_bytes(stages):
+    """Of unique storages that autograd or a weight gradient to come keeps alive, parameters left out."""
+    tensors = [held.tensor for held in Held.alive]
+    for stage in stages:
+        for queue in stage.weight_grads._deferred.values():
+            cells = [cell.cell_contents for compute in queue for cell in compute.__closure__]
+            tensors += [value for value in cells if isinstance(value, torch.Tensor)]
+    owned = {p.untyped_storage().data_ptr() for stage in stages for p in stage.parameters}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in storages.items() if pointer not in owned)
+
+
+def one_microbatch():
+    """Bytes after F and after I of one stage."""
+    stage = MLPStage(is_first=False)
+    _ = list(stage.forward(0, torch.randn(16, 64)))
+    full = held_bytes([stage])
+    _ = list(stage.backward(0, None, split=True))
+    kept = held_bytes([stage])
+    stage.weight_grad(0)
+    assert held_bytes([stage]) == 0
+    return full, kept
+
+
+def measure_bytes(rank, world, name, num_microbatches):
+    groups = (dist.new_group(), dist.new_group())
+    full, kept = one_microbatch()
+    schedule = SCHEDULES[name](world, num_microbatches)
+    stages = {s: MLPStage(s == 0) for s in schedule.stages_of(rank)}
+    executor = executor_of(schedule, rank, stages, groups)
+    curve, run_alone = [], executor._run_alone
+
+    def watched(action):
+        run_alone(action)
+        curve.append(held_bytes(stages.values()))
+
+    executor._run_alone = watched
+    executor.step()
+    return full, kept / full, curve
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe"])
+def test_bytes_follow_the_simulated_memory(name):
+    pp, num_microbatches = 4, 10
+    schedule = SCHEDULES[name](pp, num_microbatches)
+    for rank, (full, kept, curve) in enumerate(run_ranks(pp, measure_bytes, name, num_microbatches)):
+        timeline = simulate(schedule, Costs(kept_after_i=kept))
+        expected, total = [], 0.0
+        for op in (span.action.op.name for span in timeline.spans[rank]):
+            total += {"F": 1.0, "B": -1.0, "I": kept - 1, "W": -kept}[op]
+            expected.append(total * full)
+        assert curve == pytest.approx(expected, rel=0.05, abs=0.05 * full)
+        peak = timeline.peak_memory(rank) / timeline.activation * full
+        assert max(curve) == pytest.approx(peak, rel=0.05)
+
+
+# What fails
+
+
+class Failing(SyntheticStage):
+    def backward(self, mb, grad, split):
+        if mb == 2:
+            raise ArithmeticError("out of luck")
+        return super().backward(mb, grad, split)
+
+
+def fail_on_one_rank(rank, world):
+    schedule = SCHEDULES["1f1b"](world, 4)
+    kind = Failing if rank == 1 else SyntheticStage
+    stages = {s: kind(0, 0, 0, SPEC, CPU) for s in schedule.stages_of(rank)}
+    executor_of(schedule, rank, stages, (dist.new_group(), dist.new_group())).step()
+
+
+def test_a_failing_action_is_shown_in_the_grid():
+    with pytest.raises(AssertionError, match=r"1f1b: rank 1, slot \d+: out of luck") as error:
+        run_ranks(3, fail_on_one_rank)
+    assert "[1B2]" in str(error.value)
+
+
+def _endless(rank, world, store, errors):
+    sys.stderr = (errors / str(rank)).open("w", buffering=1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
+    schedule = SCHEDULES["dualpipe"](world, 2 * world)
+    stages = {s: SyntheticStage(0.002, 0.002, 0.002, SPEC, CPU) for s in schedule.stages_of(rank)}
+    executor = executor_of(schedule, rank, stages, (dist.new_group(), dist.new_group()))
+    while True:
+        executor.step()
+        (errors / f"{rank}.began").touch()
+
+
+def test_a_killed_rank_ends_all_others():
+    world, context = 4, mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder)
+        args = (world, str(errors / "store"), errors)
+        ranks = [context.Process(target=_endless, args=(rank, *args)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        try:
+            deadline = time.monotonic() + 60
+            while not all((errors / f"{rank}.began").exists() for rank in range(world)):
+                assert time.monotonic() < deadline, "the ranks did not start"
+                time.sleep(0.05)
+            os.kill(ranks[2].pid, signal.SIGKILL)
+            deadline = time.monotonic() + 15
+            for process in ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
+            assert all(process.exitcode not in (None, 0) for process in ranks), "somebody lives on"
+            for rank in (0, 1, 3):
+                assert f"{PipelineError.__name__}: dualpipe: rank {rank}, slot" in (errors / str(rank)).read_text()
+            assert re.search(r"of rank 2 did not come: .*closed by peer", (errors / "3").read_text())
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
