@@ -1,9 +1,10 @@
 """A timeline as a trace for Perfetto, chrome://tracing and the analysers of torch.profiler's traces.
 
 The file has the profiler's own form: a process a rank, a thread a stream, complete events of ``cat: kernel`` in
-microseconds, `distributedInfo` at the top. Transfers are kernels named as NCCL's are, on a stream of their own, so that
+microseconds, `distributedInfo` at the top. Transfers are kernels named as NCCL's are, on streams of their own, so that
 analysers count them as communication; flow arrows lead from each transfer to the action that needed it, and a counter
-shows the activations that a rank holds.
+shows the activations that a rank holds. Transfers that fly at once have a stream each: viewers drop events that overlap
+on one thread.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ def chrome_trace(
     """
     correlation = count(1)
     events: list[Event] = []
-    for rank in range(timeline.num_ranks):
-        events += _names(rank)
     span_of = {span.action: span for rank in timeline.spans for span in rank}
     for span in span_of.values():
         events.append(_computing(span, next(correlation), microseconds))
-    for span in span_of.values():
-        for need in depends_on(span.action, schedule):
-            source = span_of.get(need)
-            if source is not None and source.rank != span.rank:
-                events += _transfer(source, span, p2p, next(correlation), microseconds)
+    transfers = [
+        (span_of[need], span)
+        for span in span_of.values()
+        for need in depends_on(span.action, schedule)
+        if need in span_of and span_of[need].rank != span.rank
+    ]
+    free_at: list[list[float]] = [[0.0] for _ in range(timeline.num_ranks)]  # of the communication streams of each rank
+    for source, target in sorted(transfers, key=lambda pair: pair[0].ready):
+        ends = free_at[source.rank]
+        stream = next((k for k, end in enumerate(ends) if end <= source.ready), len(ends))
+        ends[stream : stream + 1] = [source.ready + p2p]
+        events += _transfer(source, target, p2p, COMMUNICATION_STREAM + stream, next(correlation), microseconds)
     for rank in range(timeline.num_ranks):
+        events += _names(rank, len(free_at[rank]))
         events += _memory(timeline, rank, microseconds)
         if timeline.optimizer:
             start, duration = timeline.pipeline_time * microseconds, timeline.optimizer * microseconds
@@ -57,14 +64,15 @@ def chrome_trace(
     }
 
 
-def _names(rank: int) -> Iterator[Event]:
+def _names(rank: int, num_communication_streams: int) -> Iterator[Event]:
     def metadata(kind: str, stream: int, **args: object) -> Event:
         return {"ph": "M", "name": kind, "pid": rank, "tid": stream, "ts": 0, "args": args}
 
     yield metadata("process_name", 0, name="python")
     yield metadata("process_labels", 0, labels=f"rank {rank}")
     yield metadata("process_sort_index", 0, sort_index=rank)
-    for stream, what in ((COMPUTE_STREAM, "computing"), (COMMUNICATION_STREAM, "sending")):
+    sending = range(COMMUNICATION_STREAM, COMMUNICATION_STREAM + num_communication_streams)
+    for stream, what in ((COMPUTE_STREAM, "computing"), *((stream, "sending") for stream in sending)):
         yield metadata("thread_name", stream, name=f"stream {stream} {what}")
         yield metadata("thread_sort_index", stream, sort_index=stream)
 
@@ -95,14 +103,14 @@ def _computing(span: Span, correlation: int, microseconds: float) -> Event:
     return _kernel(str(span.action), span.rank, COMPUTE_STREAM, start, duration, correlation, **words)
 
 
-def _transfer(source: Span, target: Span, p2p: float, flow: int, microseconds: float) -> Iterator[Event]:
+def _transfer(source: Span, target: Span, p2p: float, stream: int, flow: int, microseconds: float) -> Iterator[Event]:
     """The send of `source`'s result to the rank of `target`, and the arrow over it."""
     leaves, arrives = source.ready * microseconds, (source.ready + p2p) * microseconds
     op = Op.SEND_F if source.action.op is Op.F else Op.SEND_B
     words = {"message": f"{source.action.stage}{op}{source.action.mb}", "Group size": 2, "to rank": target.rank}
-    yield _kernel(NCCL_KERNEL, source.rank, COMMUNICATION_STREAM, leaves, arrives - leaves, flow, **words)
+    yield _kernel(NCCL_KERNEL, source.rank, stream, leaves, arrives - leaves, flow, **words)
     arrow = {"cat": "send", "name": "send", "id": flow}
-    yield {**arrow, "ph": "s", "pid": source.rank, "tid": COMMUNICATION_STREAM, "ts": leaves}
+    yield {**arrow, "ph": "s", "pid": source.rank, "tid": stream, "ts": leaves}
     yield {**arrow, "ph": "f", "bp": "e", "pid": target.rank, "tid": COMPUTE_STREAM, "ts": target.start * microseconds}
 
 

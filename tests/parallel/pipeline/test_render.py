@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,26 @@ def test_every_transfer_is_a_kernel_with_an_arrow(name: str, num_ranks: int, num
         assert end["pid"] == kernel["args"]["to rank"] != start["pid"]
         assert end["ts"] >= kernel["ts"] + kernel["dur"] - 1e-6  # nothing is used before it arrives
         assert (end["pid"], end["tid"], end["ts"]) in kernel_at  # the arrow ends at an action
+
+
+@pytest.mark.parametrize("p2p", [0.0, 0.5, 3.0])
+def test_events_of_one_stream_follow_each_other(p2p: float) -> None:
+    """Viewers nest what lies within another event, and drop what overlaps it only in part."""
+    schedule, timeline = simulated("dualpipe", 4, 8, p2p=p2p)
+    kernels = [e for e in chrome_trace(timeline, schedule, p2p=p2p)["traceEvents"] if e["ph"] == "X"]
+    assert (len({e["tid"] for e in kernels}) > 2) == (p2p > 1)  # a slow link carries several transfers at once
+    for stream in {(e["pid"], e["tid"]) for e in kernels}:
+        times = sorted((e["ts"], e["ts"] + e["dur"]) for e in kernels if (e["pid"], e["tid"]) == stream)
+        for (start, end), (next_start, next_end) in pairwise(times):
+            assert end <= next_start + 1e-6 or (start, end) == (next_start, next_end)
+
+
+def test_analysers_take_transfers_for_communication() -> None:
+    """Holistic Trace Analysis goes by this pattern, other analysers by the prefix."""
+    schedule, timeline = simulated("1f1b", 2, 2)
+    kernels = [e for e in chrome_trace(timeline, schedule)["traceEvents"] if e["ph"] == "X"]
+    communication = {e["name"] for e in kernels if re.match(r"^nccl.*Kernel", e["name"])}
+    assert communication == {e["name"] for e in kernels if "message" in e["args"]} != set()
 
 
 def test_the_counter_of_the_trace_is_the_memory_curve() -> None:
