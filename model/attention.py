@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from model.attention_core import attention
 from model.config import ModelConfig, RopeScaling
-from model.linear import Linear
+from model.linear import Linear, Region, run_region
 from model.norm import RMSNorm, accumulation_dtype
 
 
@@ -155,15 +155,18 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
+        self.region: Region = run_region
         self.scale = config.qk_head_dim**-0.5
         if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
-    def _queries(self, x_BLD: Tensor) -> Tensor:
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x_BLD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BLD)))
+    def _compressed_queries(self, x_BLD: Tensor) -> Tensor:
+        """What queries are expanded from."""
+        return x_BLD if self.config.q_lora_rank is None else self.q_a_proj(x_BLD)
+
+    def _queries(self, c_BLC: Tensor) -> Tensor:
+        is_plain = self.config.q_lora_rank is None
+        q = self.q_proj(c_BLC) if is_plain else self.q_b_proj(self.q_a_layernorm(c_BLC))
         return q.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
 
     def _rope(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -181,10 +184,13 @@ class MLA(nn.Module):
         """
         config = self.config
         cos, sin = self._rope(x_BLD, 0, x_BLD.shape[1])
-        q_BLNH = self._queries(x_BLD)
+
+        def expand(c_BLC: Tensor, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            kv_BLN = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_attention_heads, -1))
+            return _Heads.apply(self._queries(c_BLC), kv_BLN, key, cos, sin)
+
         latent, key = self.kv_a_proj_with_mqa(x_BLD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        kv_BLN = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_attention_heads, -1))
-        queries, keys, values = _Heads.apply(q_BLNH, kv_BLN, key, cos, sin)
+        queries, keys, values = self.region(expand, self._compressed_queries(x_BLD), latent, key)
         mask = None if document_ids_BL is None else causal_mask(document_ids_BL)
         out_BNLV = attention(queries, keys, values, self.scale, mask)
         return self.o_proj(out_BNLV.transpose(1, 2).flatten(2))
@@ -204,7 +210,9 @@ class MLA(nn.Module):
         cos, sin = self._rope(x_BLD, start, start + L)
         latent, key = self.kv_a_proj_with_mqa(x_BLD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent_BSC, key_BSR = cache.append(self.kv_a_layernorm(latent), rotate(key, cos, sin))
-        q_nope, q_rope = self._queries(x_BLD).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = self._queries(self._compressed_queries(x_BLD)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
         up = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         up_k_NHC, up_v_NVC = up.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         scores_BNLS = torch.einsum("blnc,bsc->bnls", torch.einsum("blnh,nhc->blnc", q_nope, up_k_NHC), latent_BSC)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.attention import MLA, LatentCache
 from model.config import ModelConfig
+from model.linear import Region, run_region
 from model.mlp import MLP
 from model.moe import MoE, Routed
 from model.norm import RMSNorm
@@ -49,12 +50,13 @@ class Block(nn.Module):
         self.is_moe = is_moe
         self.self_attn = MLA(config)
         self.mlp: Any = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.region: Region = run_region
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def attend(self, x_BLD: Tensor, document_ids_BL: Tensor | None = None) -> Attended:
         """Attention, and where each token goes next."""
-        return self._route(x_BLD + self.self_attn(self.input_layernorm(x_BLD), document_ids_BL))
+        return self._route(self._attention(x_BLD, document_ids_BL))
 
     def dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, topk_weights_TK: Tensor) -> Routed:
         """Takes tokens to their experts."""
@@ -75,12 +77,15 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, document_ids_BL: Tensor | None = None) -> BlockOutput:
         if self.is_moe:
             return self._moe(self.attend(x_BLD, document_ids_BL))
-        return self._dense(x_BLD + self.self_attn(self.input_layernorm(x_BLD), document_ids_BL))
+        return self._dense(self._attention(x_BLD, document_ids_BL))
 
     def decode(self, x_BLD: Tensor, cache: LatentCache) -> Tensor:
         """The block over new tokens only, with what came before in `cache`."""
         h_BLD = x_BLD + self.self_attn.decode(self.input_layernorm(x_BLD), cache)
         return (self._moe(self._route(h_BLD)) if self.is_moe else self._dense(h_BLD)).h_BLD
+
+    def _attention(self, x_BLD: Tensor, document_ids_BL: Tensor | None) -> Tensor:
+        return x_BLD + self.self_attn(self.region(self.input_layernorm, x_BLD), document_ids_BL)
 
     def _route(self, h_BLD: Tensor) -> Attended:
         x_BLD = self.post_attention_layernorm(h_BLD)
@@ -95,7 +100,7 @@ class Block(nn.Module):
         )
 
     def _dense(self, h_BLD: Tensor) -> BlockOutput:
-        return BlockOutput(h_BLD + self.mlp(self.post_attention_layernorm(h_BLD)), None, None)
+        return BlockOutput(h_BLD + self.mlp(self.region(self.post_attention_layernorm, h_BLD)), None, None)
 
     def _moe(self, attended: Attended) -> BlockOutput:
         routed = self.dispatch(attended.x_TD, attended.topk_idx_TK, attended.topk_weights_TK)

@@ -16,6 +16,7 @@ Shapes: T tokens, R rows received by the experts here, E experts here, K input f
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ from model.matmul import grouped_mm, grouped_outer, mm
 
 Compute = Callable[[], Tensor | None]
 WeightGrad = Callable[[Tensor, Compute], Tensor | None]
+Region = Callable[..., Any]  # region(fn, *inputs) -> fn(*inputs)
+
+
+def run_region(fn: Callable[..., Any], *inputs: Tensor) -> Any:
+    """The default filling of the hole `region`: a piece that may be computed again in the backward is just computed."""
+    return fn(*inputs)
 
 
 def at_once(param: Tensor, compute: Compute) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.linear import Linear
+from model.linear import Linear, Region, run_region
 
 
 class _SwiGLUFunction(torch.autograd.Function):
@@ -40,7 +40,8 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.region: Region = run_region
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D) -> (..., D)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.region(swiglu, self.gate_proj(x), self.up_proj(x)))

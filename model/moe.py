@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from infra.fp8.linear import LinearProduct
 from model.config import ModelConfig
 from model.dispatch import LocalDispatcher, Routed, TokenDispatcher
-from model.linear import WeightGrad, at_once, plain
+from model.linear import Region, WeightGrad, at_once, plain, run_region
 from model.mlp import MLP
 from model.norm import accumulation_dtype
 
@@ -184,11 +184,12 @@ class Experts(nn.Module):
         self.weight_grad: WeightGrad = at_once
         self.gate_up_product: LinearProduct = plain
         self.down_product: LinearProduct = plain
+        self.region: Region = run_region
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """Row r's expert output times its routing weight: (R, D). The weight goes in where a row is narrowest."""
         gate_up = self.gate_up_product(x_RD, self.gate_up_proj, self.weight_grad, num_tokens_per_expert_E)
-        inner = _WeightedSwiGLU.apply(gate_up, weights_R)
+        inner = self.region(_WeightedSwiGLU.apply, gate_up, weights_R)
         return self.down_product(inner, self.down_proj, self.weight_grad, num_tokens_per_expert_E)
 
 
