@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parallel.expert import DISPATCH_DTYPES, DISPATCHERS
 from parallel.pipeline.actions import Schedule
+from parallel.pipeline.passes import PAIRABLE, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
@@ -26,7 +27,8 @@ class ParallelConfig:
     dispatcher: how tokens reach their experts; `local` needs ep=1.
     dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`.
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
-    overlap: a slot of two interleaves its phases, so that communication travels while the other microbatch computes.
+    overlap: a slot of two interleaves its phases, so that communication travels while the other microbatch computes;
+        where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for it (`pair_up`).
     recompute: what the backward computes again instead of keeping it.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
     ranks_per_node: ranks of one machine; routing groups are laid on nodes.
@@ -55,13 +57,14 @@ class ParallelConfig:
             )
 
     def make_schedule(self, num_microbatches: int) -> Schedule:
-        """The schedule over `pp` ranks.
+        """The schedule over `pp` ranks; under `overlap`, paired up where it can be and there is an all-to-all to hide.
 
         `auto` is searched for in the shape of a V, whose placement does not depend on the number of microbatches, for
         equal F, I and W, within the activations that DualPipe holds.
         """
         if self.schedule != "auto":
-            return SCHEDULES[self.schedule](self.pp, num_microbatches)
+            schedule = SCHEDULES[self.schedule](self.pp, num_microbatches)
+            return pair_up(schedule) if self.overlap and self.ep > 1 and self.schedule in PAIRABLE else schedule
         from parallel.pipeline.auto import auto  # compiled code that only a search needs
 
         return auto(self.pp, num_microbatches, memory_limit=self.pp + 1, shape="v")

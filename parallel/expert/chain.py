@@ -15,7 +15,7 @@ Letters: N pairs of a token and an expert, S rows before a hop; the others as in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
@@ -69,12 +69,26 @@ Handle = Pending[Plan]
 
 def exchange(group: Group, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """All-to-all within a group: `sent[i]` rows go to rank i, `received[i]` come from it. Raises when a rank dies."""
-    out = rows.new_empty(sum(received), *rows.shape[1:])
+    out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
     try:
-        dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group.pg)
+        if rows.is_cuda:
+            dist.all_to_all_single(out, rows, received, sent, group=group.pg)
+        else:
+            _receive_then_send(group, out.split(received), rows.split(sent))
     except RuntimeError as error:
         raise RuntimeError(f"the all-to-all of ranks {list(group.ranks)} broke off; has one died? {error}") from error
     return out
+
+
+def _receive_then_send(group: Group, out: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    """Gloo's own all-to-all sends first: the news that a rank is ready to receive then queues behind what it sends, on
+    the same connection, and of two large messages the second waits for the first."""
+    out[group.rank].copy_(rows[group.rank])
+    others = [(group.rank + i) % group.size for i in range(1, group.size)]
+    works = [dist.irecv(out[i], group=group.pg, group_src=i) for i in reversed(others) if len(out[i])]
+    works += [dist.isend(rows[i], group=group.pg, group_dst=i) for i in others if len(rows[i])]
+    for work in works:
+        work.wait()  # type: ignore[union-attr]
 
 
 def _scattered(values_N: Tensor, order_N: Tensor) -> Tensor:
@@ -90,33 +104,33 @@ class ChainDispatcher(Dispatcher):
     def __init__(self, mesh: Mesh, config: DispatchConfig, hops: list[Hop]):
         super().__init__(mesh, config)
         self.hops = [hop for hop in hops if hop.group.size > 1]
-        self.lane = Lane()
+        self.lane = Lane(self.times)
 
     def start_dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, topk_weights_TK: Tensor) -> Pending[Routed]:
-        handle = self._start(self._plan, topk_idx_TK, topk_weights_TK)
+        handle = self._start("dispatch", self._plan, topk_idx_TK, topk_weights_TK)
 
         def send(x_TD: Tensor) -> Routed:
             plan = handle.wait()
             return Routed(self._scatter(x_TD, plan), plan.weights_R, plan.num_tokens_per_expert_E, handle)
 
-        return self._start(send, x_TD)
+        return self._start("dispatch", send, x_TD)
 
     def start_dispatch_backward(self, gx_RD: Tensor, gw_R: Tensor, handle: Handle) -> Pending[tuple[Tensor, Tensor]]:
         def send(gx_RD: Tensor, gw_R: Tensor) -> tuple[Tensor, Tensor]:
             return self._gather(gx_RD, handle.wait()), self._weights_home(gw_R, handle.wait())
 
-        return self._start(send, gx_RD, gw_R)
+        return self._start("combine", send, gx_RD, gw_R)
 
     def start_combine(self, y_RD: Tensor, handle: Handle) -> Pending[Tensor]:
-        return self._start(lambda y_RD: self._gather(y_RD, handle.wait()), y_RD)
+        return self._start("combine", lambda y_RD: self._gather(y_RD, handle.wait()), y_RD)
 
     def start_combine_backward(self, gy_TD: Tensor, handle: Handle) -> Pending[Tensor]:
-        return self._start(lambda gy_TD: self._scatter(gy_TD, handle.wait()), gy_TD)
+        return self._start("dispatch", lambda gy_TD: self._scatter(gy_TD, handle.wait()), gy_TD)
 
-    def _start(self, task: Callable[..., V], *args: Tensor) -> Pending[V]:
-        """On the lane, or at once where there is nothing to send."""
+    def _start(self, kind: str, task: Callable[..., V], *args: Tensor) -> Pending[V]:
+        """On the lane, or at once where there is nothing to send. `kind` is the leg of the traffic that it makes."""
         if self.hops:
-            return self.lane.start(task, *args)
+            return self.lane.start(task, *args, kind=kind)
         with torch.no_grad():
             result = task(*args)
         return Pending(lambda: result)

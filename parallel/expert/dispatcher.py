@@ -29,6 +29,7 @@ from parallel.expert import DISPATCH_DTYPES
 from parallel.expert.lane import Pending
 from parallel.expert.permutation import balanced_topk_idx
 from parallel.expert.traffic import Traffic
+from parallel.expert.travel import TravelTimes
 from parallel.mesh import Mesh
 
 
@@ -63,13 +64,14 @@ class DispatchConfig:
 
 
 class Dispatcher(ABC):
-    """The verbs. Holds no state between steps but what `traffic` has counted."""
+    """The verbs. Holds no state between steps but what `traffic` has counted and `times` has noted."""
 
     def __init__(self, mesh: Mesh, config: DispatchConfig):
         mesh.config.check_experts(config.n_routed_experts, config.n_group)
         self.mesh = mesh
         self.config = config
         self.traffic = Traffic()
+        self.times = TravelTimes()
 
     @abstractmethod
     def start_dispatch(self, x_TD: Tensor, topk_idx_TK: Tensor, topk_weights_TK: Tensor) -> Pending[Routed]:

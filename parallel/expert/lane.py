@@ -12,9 +12,12 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from parallel.expert.travel import TravelTimes
 
 T = TypeVar("T")
 
@@ -33,23 +36,31 @@ def _cuda_tensors(value: Any) -> list[torch.Tensor]:
 
 
 class Lane:
-    """Runs tasks one after another, without autograd, on a daemon thread: it keeps no rank from giving up."""
+    """Runs tasks one after another, without autograd, on a daemon thread: it keeps no rank from giving up.
 
-    def __init__(self) -> None:
+    times: where it is noted how long tasks ran, and how long their results were waited for.
+    """
+
+    def __init__(self, times: TravelTimes | None = None) -> None:
+        self._times = times or TravelTimes()
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def start(self, task: Callable[..., T], *args: torch.Tensor) -> Pending[T]:
-        """Starts `task(*args)` after all tasks started before it."""
+    def start(self, task: Callable[..., T], *args: torch.Tensor, kind: str = "") -> Pending[T]:
+        """Starts `task(*args)` after all tasks started before it; `kind` is what its time is counted as."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="dispatch lane", daemon=True)
             self._thread.start()
         future: Future[tuple[T, torch.cuda.Event | None]] = Future()
         on_cuda = any(t.is_cuda for t in args)
-        self._tasks.put((future, task, args, torch.cuda.current_stream().record_event() if on_cuda else None))
+        self._tasks.put((future, kind, task, args, torch.cuda.current_stream().record_event() if on_cuda else None))
 
         def wait() -> T:
+            if not future.done():
+                began = perf_counter()
+                future.exception()  # waits, and raises nothing yet
+                self._times.waits.append((began, perf_counter()))
             result, done = future.result()
             if done is not None:
                 stream = torch.cuda.current_stream()
@@ -63,11 +74,16 @@ class Lane:
     def _run(self) -> None:
         with torch.no_grad():
             while True:
-                future, task, args, inputs_ready = self._tasks.get()
+                future, kind, task, args, inputs_ready = self._tasks.get()
+                began = perf_counter()
                 try:
-                    future.set_result(
-                        (task(*args), None) if inputs_ready is None else self._on_stream(task, args, inputs_ready)
-                    )
+                    if inputs_ready is None:
+                        result = task(*args), None
+                        self._times.travels.append((kind, (began, perf_counter())))
+                    else:
+                        result = self._on_stream(task, args, inputs_ready)
+                    future.set_result(result)
+                    del result
                 except BaseException as error:  # raised where the result is waited for
                     future.set_exception(error)
                 del future, task, args  # keep no tensor alive while idle

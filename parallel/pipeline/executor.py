@@ -121,6 +121,12 @@ class Executor:
             spans.append(Span(self.rank, marks.slot, marks.action, *times, waited_for))
         return spans
 
+    @property
+    def waited(self) -> float:
+        """Seconds for which the last step stood still for receives: travel, and work that others had not done yet."""
+        seconds, slots = self._clock.seconds, {marks.slot: marks for marks in self._marks if marks.arrivals}
+        return sum(seconds(marks.arrivals[-1][1]) - seconds(marks.due) for marks in slots.values())
+
     def _run(self, slot: Slot) -> None:
         if slot[0].op > Op.W:
             return

@@ -4,10 +4,11 @@ Both are generators that say which phase is next. The published order of a stead
 figure 4; the profiler trace that DeepSeek released) is the table below, gone through again and again. Travel starts as
 soon as its input exists, in the order dispatch(F), dispatch(B), combine(F), combine(B), and is waited for by the phase
 that reads it; in between the other microbatch computes, in the order MLP(B), MLP(W), MLP(F), attention(B),
-attention(W), attention(F).
+attention(W), attention(F). A recomputation waits for no gradient, so it fills the time in which one travels.
 
 The two need not align: what a generator has not reached is passed over, and what the table does not name stands in the
-row of its likes. When one side is through, the other runs on alone.
+row of its likes. When one side is through, the other goes on through the table alone: its travel then hides behind its
+own weight gradients.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from torch import Tensor
 ORDER = (
     ("B", "combine"),
     ("B", "weight_grad"),  # of attention
+    ("F", "send"),
     ("F", "attend"),
     ("F", "dispatch"),
+    ("B", "recompute"),
     ("B", "shared"),
+    ("B", "recompute"),
     ("B", "experts"),
     ("B", "dispatch"),
     ("B", "weight_grad"),  # of the experts
     ("F", "shared"),
     ("F", "experts"),
     ("F", "combine"),
+    ("B", "recompute"),
     ("B", "attend"),
 )
-LIKE = {"embed": "attend", "dense": "experts", "join": "attend", "head": "attend", "predict": "attend"}
+NAMES = {phase for _, phase in ORDER}
+LIKE = {"dense": "experts"}  # all else that the table does not name stands where attention does
 
 
 class Side:
@@ -50,7 +56,7 @@ class Side:
         """Runs the phase that is next; after the last one, finishes."""
         try:
             name = next(self._phases)
-            self.next = LIKE.get(name, name)
+            self.next = name if name in NAMES else LIKE.get(name, "attend")
         except StopIteration as done:
             self.next = None
             self._finish(done.value)
@@ -59,7 +65,7 @@ class Side:
 def run_pair(forward: Side, backward: Side) -> None:
     """Interleaves two sides in the published order."""
     sides = {"F": forward, "B": backward}
-    while forward.next and backward.next:
+    while forward.next or backward.next:
         for name, phase in ORDER:
             side = sides[name]
             if phase == "weight_grad":
@@ -67,6 +73,3 @@ def run_pair(forward: Side, backward: Side) -> None:
                     side.weight_grad()
             elif side.next == phase:
                 side.advance()
-    for side in (backward, forward):
-        while side.next:
-            side.advance()

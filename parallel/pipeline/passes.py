@@ -1,4 +1,4 @@
-"""What is done to schedules: add their communication, write and read them as CSV.
+"""What is done to schedules: pair them up, add their communication, write and read them as CSV.
 
 `lower` takes all compute slots in one order that the dependencies allow - by their start, when every action takes one
 unit of time - and puts the transfer of each result directly behind the slots that start when its own does. Every
@@ -13,15 +13,39 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import deque
 from itertools import chain, pairwise
 
 import numpy as np
 
-from parallel.pipeline.actions import OPS, Action, Lowered, Op, Program, Schedule, Slot, make_actions
+from parallel.pipeline.actions import (
+    OPS,
+    Action,
+    Lowered,
+    Op,
+    Program,
+    Schedule,
+    Slot,
+    depends_on,
+    make_actions,
+)
 from parallel.pipeline.replay import replay
 from parallel.pipeline.validate import ScheduleError, check_lowered, check_slots, validate
 
-__all__ = ["Lowered", "ScheduleError", "check_lowered", "forward_only", "from_csv", "lower", "to_csv", "validate"]
+__all__ = [
+    "PAIRABLE",
+    "Lowered",
+    "ScheduleError",
+    "check_lowered",
+    "forward_only",
+    "from_csv",
+    "lower",
+    "pair_up",
+    "to_csv",
+    "validate",
+]
+
+PAIRABLE = ("1f1b", "zbv")  # schedules without pairs, for which they are worth their memory
 
 
 def lower(schedule: Schedule) -> Lowered:
@@ -85,6 +109,44 @@ def forward_only(schedule: Schedule) -> Schedule:
         [(action,) for slot in program for action in slot if action.op is Op.F] for program in schedule.programs
     ]
     return Schedule(f"{schedule.name} (forward only)", programs, schedule.placement, schedule.num_microbatches)
+
+
+def pair_up(schedule: Schedule) -> Schedule:
+    """The same forwards and the same backwards, each in their order, as overlapped pairs wherever a rank has both.
+
+    Merging neighbours alone would stall a pipeline: a rank that answers a forward one pair later than one slot later
+    keeps the others waiting. So forwards run ahead: in each round a rank runs its next F and its next backward
+    together if what they need was there before the round. On 1F1B, rank r then keeps 2 (PP - r) microbatches, not
+    PP - r. A split backward that finds a partner becomes a full B, whose W then hides travel inside the pair; other
+    W's fill the rounds in which a rank would idle.
+    """
+    forwards, backwards = (
+        [deque(a for slot in program for a in slot if a.op in ops) for program in schedule.programs]
+        for ops in ((Op.F,), (Op.B, Op.I))
+    )
+    programs: list[Program] = [[] for _ in schedule.programs]
+    owed: list[deque[Action]] = [deque() for _ in programs]
+    done: set[Action] = set()
+    while any(forwards) or any(backwards):
+        ran: list[Action] = []
+        for rank, program in enumerate(programs):
+            queues = forwards[rank], backwards[rank]
+            can = [q.popleft() for q in queues if q and done.issuperset(depends_on(q[0], schedule))]
+            ran += can
+            if len(can) == 2:
+                program.append((can[0], can[1]._replace(op=Op.B)))
+            elif can:
+                program.append((can[0],))
+                if can[0].op is Op.I:
+                    owed[rank].append(can[0]._replace(op=Op.W))
+            elif owed[rank]:
+                program.append((owed[rank].popleft(),))
+        if not ran:
+            validate(schedule)
+        done.update(ran)
+    for program, weights in zip(programs, owed, strict=True):
+        program += [(w,) for w in weights]
+    return Schedule(f"{schedule.name} (paired)", programs, schedule.placement, schedule.num_microbatches)
 
 
 def to_csv(schedule: Schedule | Lowered) -> str:

@@ -1,9 +1,9 @@
 """The phases of a stage: pieces of a forward that are cut apart, so that two microbatches' pieces can be interleaved.
 
 A phase maps named values to named values. `Compute` runs under autograd between leaves of its own, so its backward is
-its own affair. `Travel` is communication: it starts and returns at once with values that are `Pending`; whoever reads
-one first waits for it. Nothing else knows that anything travels. Gradients go from phase to phase in a dict, by the
-names of the values that they are gradients of, and may be pending too.
+its own affair. `Dispatch` and `Combine` are communication: they start and return at once with values that are
+`Pending`; whoever reads one first waits for it. Nothing else knows that anything travels. Gradients go from phase to
+phase in a dict, by the names of the values that they are gradients of, and may be pending too.
 
     attend -> dispatch -> shared -> experts -> combine           a MoE layer; `shared` computes while tokens travel
     dense                                                        a dense layer
@@ -29,20 +29,22 @@ Value = Any  # a Tensor, a Pending, or whatever else a phase hands on
 
 class Phase(Protocol):
     """`inputs` and `outputs` are names. `forward` also returns what `backward` needs; `backward` gets a gradient or
-    None for each output and returns one for each input."""
+    None for each output and returns one for each input. With `recompute`, what forward left goes through `rerun`
+    first: that needs no gradient, so it can run while the gradients travel."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    recompute: bool
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]: ...
+    def rerun(self, saved: Any) -> Any: ...
     def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]: ...
 
 
 @dataclass
 class Compute:
-    """A phase that autograd differentiates. With `recompute` it keeps its inputs alone, and runs again in the
-    backward."""
+    """A phase that autograd differentiates. With `recompute` it keeps its inputs alone until `rerun`."""
 
     name: str
     inputs: tuple[str, ...]
@@ -57,11 +59,13 @@ class Compute:
         saved = (leaves, None if self.recompute else outputs)
         return [value.detach() if isinstance(value, Tensor) else value for value in outputs], saved
 
+    def rerun(self, saved: Any) -> Any:
+        leaves, _ = saved
+        with torch.enable_grad():
+            return leaves, self.run(*leaves)
+
     def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
         leaves, outputs = saved
-        if outputs is None:
-            with torch.enable_grad():
-                outputs = self.run(*leaves)
         ends = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
         torch.autograd.backward([out for out, _ in ends], [g for _, g in ends])
         return [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
@@ -74,15 +78,24 @@ def _leaf(value: Value) -> Value:
     return value
 
 
-class Dispatch:
+class _Travel:
+    """What both journeys share: they keep no activation, so there is nothing to compute again."""
+
+    recompute = False
+
+    def __init__(self, dispatcher: Dispatcher):
+        self.dispatcher = dispatcher
+
+    def rerun(self, saved: Any) -> Any:
+        return saved
+
+
+class Dispatch(_Travel):
     """Takes tokens to their experts; backward brings the sums of their copies' gradients home."""
 
     name: str = "dispatch"
     inputs: tuple[str, ...] = ("x", "topk_idx", "topk_weights")
     outputs: tuple[str, ...] = ("x_R", "weights_R", "num_tokens_per_expert", "handle")
-
-    def __init__(self, dispatcher: Dispatcher):
-        self.dispatcher = dispatcher
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
         routed = self.dispatcher.start_dispatch(*inputs)
@@ -94,15 +107,12 @@ class Dispatch:
         return _part(home, 0), None, _part(home, 1)
 
 
-class Combine:
+class Combine(_Travel):
     """Brings the experts' outputs home and closes the residual; backward takes its gradient to the experts."""
 
     name: str = "combine"
     inputs: tuple[str, ...] = ("h", "y_R", "shared", "handle")
     outputs: tuple[str, ...] = ("h",)
-
-    def __init__(self, dispatcher: Dispatcher):
-        self.dispatcher = dispatcher
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
         h_BLD, y_RD, shared_TD, handle = inputs

@@ -92,20 +92,27 @@ class TransformerStage:
                 saved[id(phase)] = kept
         if self._training:
             self._saved[mb] = saved
-        return None if self._head is not None else _arrived(values, "h")
+        if self._head is not None:
+            return None
+        yield "send"  # the last combine may still be under way
+        return _arrived(values, "h")
 
     def backward(self, mb: int, grad: Tensor | None, split: bool) -> Phases:
         saved = self._saved.pop(mb)
         grads: dict[str, list[Value]] = {} if grad is None else {"h": [grad]}
         for phase in self._backward:
+            kept = saved.pop(id(phase))
+            if phase.recompute:
+                yield "recompute"
+                kept = phase.rerun(kept)
             yield phase.name
             incoming = [self._seed(name, grads) for name in phase.outputs]
             with self._weight_grads.deferred(mb) if split else nullcontext():
-                outgoing = phase.backward(saved.pop(id(phase)), incoming)
+                outgoing = phase.backward(kept, incoming)
             for name, value in zip(phase.inputs, outgoing, strict=True):
                 if value is not None:
                     grads.setdefault(name, []).append(value)
-            del incoming, outgoing, value
+            del kept, incoming, outgoing, value
         return None if self._is_first else _sum(grads["h"])
 
     def weight_grad(self, mb: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from infra.optim import reduce_gradients
 from parallel.config import ParallelConfig
 from parallel.pipeline.overlap import ORDER, Side, run_pair
+from parallel.pipeline.passes import PAIRABLE
 from tests.parallel.layouts import begin, build, tiny
 from tests.ranks import run_ranks
 
@@ -51,8 +52,25 @@ def test_stages_of_different_kinds_run_to_their_ends(forward, backward):
     assert {"done(F)", "done(B)"} <= set(log)
 
 
-def test_every_row_of_the_table_is_a_phase_of_a_layer():
-    assert {phase for _, phase in ORDER} == {"attend", "dispatch", "shared", "experts", "combine", "weight_grad"}
+def test_every_row_of_the_table_is_a_phase_of_a_layer_or_between():
+    phases = {"attend", "dispatch", "shared", "experts", "combine"}
+    assert {phase for _, phase in ORDER} == phases | {"weight_grad", "recompute", "send"}
+
+
+def test_recomputation_fills_the_time_in_which_gradients_travel():
+    log: list[str] = []
+    again = ["combine", "recompute", "shared", "recompute", "experts", "dispatch", "recompute", "attend"]
+    run_pair(_side("F", ["attend", "dispatch", "shared", "experts", "combine", "send"], log), _side("B", again, log))
+    position = {entry: k for k, entry in enumerate(log)}
+    assert log.index("combine(B)") < log.index("recompute(B)") < position["experts(B)"]
+    assert position["combine(F)"] < position["recompute(B)"] < position["attend(B)"] < position["send(F)"]
+
+
+def test_weight_gradients_left_over_hide_the_last_journey_of_the_forward():
+    log: list[str] = []
+    run_pair(_side("F", ["attend", "combine", "send"], log), _side("B", ["attend"], log, weight_grad=True))
+    assert log.index("done(B)") < log.index("send(F)")
+    assert "W" in log[log.index("done(B)") : log.index("send(F)")]
 
 
 def _gradients(rank, world, config, parallel, num_microbatches):
@@ -85,3 +103,9 @@ def test_overlap_is_bit_for_bit(recompute, depths, shared):
 def test_overlap_is_bit_for_bit_on_every_schedule_that_pairs(schedule):
     parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, dispatcher="all_to_all", recompute="full")
     assert all(run_ranks(4, _gradients, tiny(), parallel, 6))
+
+
+@pytest.mark.parametrize("schedule", PAIRABLE)
+def test_overlap_is_bit_for_bit_on_paired_schedules(schedule):
+    parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, dispatcher="all_to_all", recompute="full")
+    assert all(run_ranks(4, _gradients, tiny(), parallel, 4))

@@ -8,17 +8,19 @@ from hypothesis import strategies as st
 
 from parallel.pipeline.actions import Action, Op, Schedule
 from parallel.pipeline.passes import (
+    PAIRABLE,
     Lowered,
     ScheduleError,
     check_lowered,
     forward_only,
     from_csv,
     lower,
+    pair_up,
     to_csv,
     validate,
 )
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.pipeline.simulate import simulate
+from parallel.pipeline.simulate import Costs, simulate
 from tests.parallel.pipeline.oracle import PLACEMENTS, is_valid, random_schedule
 
 schedules = st.builds(
@@ -280,3 +282,34 @@ def test_two_directions_do_not_fit_csv():
         to_csv(SCHEDULES["dualpipe"](4, 8))
     with pytest.raises(ValueError, match="one direction"):
         to_csv(lower(SCHEDULES["dualpipe"](4, 8)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["1f1b", "zbv", "interleaved_1f1b", "zb1p"]), st.integers(1, 6), st.integers(1, 14))
+def test_paired_schedules_run_and_keep_their_orders(name, pp, num_microbatches):
+    schedule = SCHEDULES[name](pp, num_microbatches)
+    paired = pair_up(schedule)
+    validate(paired)
+    check_lowered(lower(paired))
+    for ops in ((Op.F,), (Op.B, Op.I)):
+        for before, after in zip(schedule.programs, paired.programs, strict=True):
+            order = [[(a.stage, a.mb) for slot in p for a in slot if a.op in ops] for p in (before, after)]
+            assert order[0] == order[1]
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_paired_1f1b_pairs_all_it_can_in_the_memory_it_says(pp):
+    num_microbatches = 4 * pp
+    paired = pair_up(SCHEDULES["1f1b"](pp, num_microbatches))
+    for rank, program in enumerate(paired.programs):
+        num_pairs = sum(len(slot) == 2 for slot in program)
+        assert num_pairs == num_microbatches - (2 * (pp - rank) - 1)
+        assert simulate(paired).peak_live(rank) == 2 * (pp - rank)
+
+
+def test_pairs_pay_where_they_hide_travel():
+    alone = Costs(f=1.4, i=1.4, w=1.0)
+    hidden = Costs(f=1.4, i=1.4, w=1.0, fb=3.0)
+    for name in PAIRABLE:
+        schedule = SCHEDULES[name](4, 16)
+        assert simulate(pair_up(schedule), hidden).step_time < 0.95 * simulate(schedule, alone).step_time
