@@ -2,11 +2,12 @@
 
     python benchmarks/simulate.py [--out simulate.json] [--turns 15]
 
-First ours alone, on one core: each pass by itself, and all four for one schedule as a rate. Then ours beside
-torch.distributed.pipelining on the same shapes, in turn in one run: its generator, `_validate_schedule`,
-`_add_send_recv` and `_simulate_comms_compute` (private names, called without stages; its simulator counts steps and
-knows no time, costs or memory). The ratio is of medians over the turns, with quartiles. Last, a large schedule, once,
-in a process of its own, with its peak memory.
+First large schedules, once each, in a process of their own, with their peak memory: bytes for each action that do not
+grow are memory that grows linearly. Then ours alone, on one core: each pass by itself, and all four for one schedule as
+a rate. Then ours beside torch.distributed.pipelining on the same shapes, in turn in one run: its generator,
+`_validate_schedule`, `_add_send_recv` and `_simulate_comms_compute` (private names, called without stages; its
+simulator counts steps and knows no time, costs or memory). The ratio is the median over the turns, with quartiles.
+Garbage is searched for as often as in launch/simulate.py, for both.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from launch.simulate import YOUNG
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import lower, validate
 from parallel.pipeline.schedules import SCHEDULES
@@ -39,7 +42,7 @@ from parallel.pipeline.simulate import Costs, simulate
 COSTS = Costs(49.1, 75.4, 32.0, 143.8, p2p=1.5)  # DeepSeek-V3, ms
 SHAPES = [("1f1b", 16, 120), ("zb1p", 16, 120), ("zbv", 16, 120), ("dualpipe", 16, 120), ("dualpipev", 16, 120)]
 BESIDE_TORCH = [("interleaved_1f1b", 16, 128), ("zbv", 16, 120), ("dualpipev", 16, 120)]
-LARGE = ("dualpipe", 128, 4096)
+LARGE = [("dualpipe", 128, 1024), ("dualpipe", 128, 4096)]
 
 
 def step_and_bubble(schedule: Schedule) -> tuple[float, float]:
@@ -59,7 +62,7 @@ def torch_everything(name: str, num_ranks: int, num_microbatches: int) -> str:
     from torch.distributed.pipelining import schedules as torchs
 
     num_stages = 2 * num_ranks
-    kind = {
+    kind: Any = {
         "interleaved_1f1b": torchs.ScheduleInterleaved1F1B,
         "zbv": torchs.ScheduleZBVZeroBubble,
         "dualpipev": torchs.ScheduleDualPipeV,
@@ -101,21 +104,20 @@ def timed(run: Callable[[], Any]) -> float:
 def in_turn(runs: list[Callable[[], Any]], turns: int) -> list[list[float]]:
     for run in runs:
         run()  # compiles, imports
-    gc.freeze()  # what was imported is not searched for garbage again while anything is timed
     rounds = [[timed(run) for run in runs] for _ in range(turns)]
     return [list(times) for times in zip(*rounds, strict=True)]
 
 
 def ours(turns: int, console: Console) -> list[dict[str, Any]]:
     names = ("generate", "validate", "lower", "simulate")
-    table = Table("schedule", "actions", *names, "all /s", "simulate /s")
+    table = Table("schedule", "actions", *names, "all /s", "simulate /s", box=SIMPLE_HEAD, pad_edge=False)
     rows = []
     for shape in SHAPES:
         schedule = SCHEDULES[shape[0]](*shape[1:])
         generate = partial(SCHEDULES[shape[0]], *shape[1:])
         passes = [partial(run, schedule) for run in (validate, lower, step_and_bubble)]
         *each, whole = map(statistics.median, in_turn([generate, *passes, partial(everything, *shape)], turns))
-        row = {
+        row: dict[str, Any] = {
             "schedule": "{} {} x {}".format(*shape),
             "num_actions": len(schedule.columns.actions_A3),
             **{f"{name}_ms": ms for name, ms in zip(names, each, strict=True)},
@@ -130,14 +132,14 @@ def ours(turns: int, console: Console) -> list[dict[str, Any]]:
 
 
 def beside_torch(turns: int, console: Console) -> list[dict[str, Any]]:
-    table = Table("all four", "ours", "torch", "torch / ours", "torch could not")
+    table = Table("all four", "ours", "torch", "torch / ours", "torch could not", box=SIMPLE_HEAD, pad_edge=False)
     rows = []
     for shape in BESIDE_TORCH:
         failed = torch_everything(*shape)
         our_times, torch_times = in_turn([partial(everything, *shape), partial(torch_everything, *shape)], turns)
         ratios = [theirs / mine for mine, theirs in zip(our_times, torch_times, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        row = {
+        row: dict[str, Any] = {
             "schedule": "{} {} x {}".format(*shape),
             "ours_ms": statistics.median(our_times),
             "torch_ms": statistics.median(torch_times),
@@ -151,12 +153,12 @@ def beside_torch(turns: int, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def large() -> dict[str, Any]:
+def large(name: str, num_ranks: int, num_microbatches: int) -> dict[str, Any]:
     """One large schedule through everything, in this process."""
-    everything("dualpipe", 2, 4)  # compiles
+    everything(name, 2, 4)  # compiles
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    schedule = SCHEDULES[LARGE[0]](*LARGE[1:])
+    schedule = SCHEDULES[name](num_ranks, num_microbatches)
     validate(schedule)
     step_and_bubble(schedule)
     lower(schedule)
@@ -164,7 +166,7 @@ def large() -> dict[str, Any]:
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     num_actions = len(schedule.columns.actions_A3)
     return {
-        "schedule": "{} {} x {}".format(*LARGE),
+        "schedule": f"{name} {num_ranks} x {num_microbatches}",
         "num_actions": num_actions,
         "seconds": seconds,
         "peak_mb": after / 1024,
@@ -176,22 +178,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--large-only", action="store_true", help="only the large schedule, as JSON")
+    parser.add_argument("--large-only", type=int, metavar="K", help="only the K-th large schedule, as JSON")
     args = parser.parse_args()
-    if args.large_only:
-        print(json.dumps(large()))
+    gc.set_threshold(YOUNG)
+    if args.large_only is not None:
+        print(json.dumps(large(*LARGE[args.large_only])))
         return
     console = Console()
     figures: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "ours": ours(args.turns, console),
-        "beside_torch": beside_torch(args.turns, console),
     }
-    alone = subprocess.run([sys.executable, __file__, "--large-only"], check=True, capture_output=True, text=True)
-    figures["large"] = json.loads(alone.stdout)
-    text = "{schedule}: {num_actions} actions, {seconds:.1f} s, peak {peak_mb:.0f} MB"
-    console.print(text.format(**figures["large"]))
+    figures["large"] = []  # first: Linux takes the peak of a parent, which is still small, for that of its child
+    for k in range(len(LARGE)):
+        command = [sys.executable, __file__, "--large-only", str(k)]
+        alone = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures["large"].append(json.loads(alone.stdout))
+        line = (
+            "{schedule}: {num_actions:,} actions, {seconds:.1f} s, peak {peak_mb:.0f} MB, {bytes_per_action:.0f} bytes"
+        )
+        console.print(line.format(**figures["large"][-1]) + " an action")
+    figures["ours"] = ours(args.turns, console)
+    figures["beside_torch"] = beside_torch(args.turns, console)
     if args.out:
         beside = args.out.with_suffix(".partial")
         beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ runs, and with out=DIR writes summary.csv, summary.html and a folder a run. With
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -51,6 +52,7 @@ from parallel.pipeline.timeline import COOL_DOWN, WARM_UP, Timeline
 
 MICROSECONDS = {"": 1e3, "s": 1e6, "ms": 1e3, "us": 1.0}  # of one unit of time, for the trace
 QUANTILES = (0.05, 0.5, 0.95)
+YOUNG = 100_000  # objects between two searches for garbage: a schedule is many tuples, and no cycles
 MOST_DRAWN = 200_000  # actions; viewers and browsers hold no more
 
 
@@ -359,6 +361,7 @@ ConfigStore.instance().store(name="simulate_schema", node=SimulateConfig)
 
 
 def main() -> None:
+    gc.set_threshold(YOUNG)
     console = Console()
     rows: list[Row] = []  # one a run of a sweep
     out: str | None = None
