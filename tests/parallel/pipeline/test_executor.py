@@ -243,9 +243,10 @@ def test_a_killed_rank_ends_all_others():
             for process in ranks:
                 process.join(max(0.0, deadline - time.monotonic()))
             assert all(process.exitcode not in (None, 0) for process in ranks), "somebody lives on"
-            for rank in (0, 1, 3):
-                assert f"{PipelineError.__name__}: dualpipe: rank {rank}, slot" in (errors / str(rank)).read_text()
-            assert re.search(r"of rank 2 did not come: .*closed by peer", (errors / "3").read_text())
+            for rank in (0, 1, 3):  # the neighbours lose rank 2; the last may lose a neighbour that has already ended
+                said = (errors / str(rank)).read_text()
+                assert f"{PipelineError.__name__}: dualpipe: rank {rank}, slot" in said
+                assert re.search(r"did not come: .*onnection|onnection .*(closed|reset)|Broken pipe", said), said
         finally:
             for process in ranks:
                 if process.is_alive():
