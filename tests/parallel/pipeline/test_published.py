@@ -198,3 +198,13 @@ def test_the_documented_table_of_few_microbatches(num_microbatches, pairs, bubbl
     assert bubbles("dualpipe", 8, num_microbatches, 1, 1, 1) == [bubble] * 8
     assert bubbles("zb1p", 8, num_microbatches, 1, 1, 1) == [of_zb1p] * 8
     assert max(simulate(schedule).peak_live(rank) for rank in range(8)) == peak
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 17, 2))
+def test_up_to_pp_microbatches_none_overlap(num_ranks):
+    def num_pairs(num_microbatches):
+        programs = SCHEDULES["dualpipe"](num_ranks, num_microbatches).programs
+        return sum(len(slot) == 2 for program in programs for slot in program)
+
+    assert {num_pairs(num_microbatches) for num_microbatches in range(2, num_ranks + 1)} == {0}
+    assert num_pairs(num_ranks + 2) > 0
