@@ -42,7 +42,7 @@ def _environment_of_mpi() -> dict[str, str]:
     address = (socket.gethostname(), _free_port()) if comm.rank == 0 else None
     host, port = comm.bcast(address)
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    return {
+    environment = {
         "RANK": str(comm.rank),
         "WORLD_SIZE": str(comm.size),
         "LOCAL_RANK": str(local.rank),
@@ -50,17 +50,19 @@ def _environment_of_mpi() -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1" if local.size == comm.size else host,
         "MASTER_PORT": str(port),
     }
+    MPI.Finalize()  # else a rank that fails would wait at its exit for all others to finish
+    return environment
 
 
 def _environment_of_slurm() -> dict[str, str]:
     env = os.environ
-    if "MASTER_ADDR" not in env and int(env.get("SLURM_NNODES", "1")) > 1:
-        raise RuntimeError(
+    if "MASTER_ADDR" not in env and int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+        raise ValueError(
             "srun on several nodes needs MASTER_ADDR: export MASTER_ADDR=$(scontrol show hostnames | head -n1)"
         )
     return {
         "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000)),
@@ -74,7 +76,7 @@ def _environment() -> dict[str, str]:
         return {}
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return _environment_of_mpi()
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of srun: a batch script itself is one process
         return _environment_of_slurm()
     return {"RANK": "0", "WORLD_SIZE": "1"}
 
@@ -104,13 +106,18 @@ def start(timeout_s: float = 600.0) -> World:
     return World(rank, size, device)
 
 
+def largest(value: float) -> float:
+    """The largest `value` of all ranks; collective over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.item()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank; collective over the world."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    return bool(largest(flag))
 
 
 def stop() -> None:

@@ -12,6 +12,7 @@ Hydra nor this repository raised on purpose is a bug and keeps its trace; HYDRA_
 from __future__ import annotations
 
 import difflib
+import dis
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ _LOST = re.compile(r"Connection (reset|closed|refused)[^.\n]*|Broken pipe|Socket
 _ROOT = Path(__file__).resolve().parents[1]
 _TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
 _OURS = {"conf", "infra", "launch", "model", "parallel"}
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 @contextmanager
@@ -68,8 +70,10 @@ def explain(error: Exception) -> str | None:
         return _one_line(_explain_option(error))
     if isinstance(error, OSError) and error.filename is not None:
         return _one_line(f"{error.filename}: {error.strerror}")
-    if isinstance(error, ValueError | ImportError) and _raised_here(error):
+    if isinstance(error, ValueError | ImportError | RuntimeError) and _raised_here(error):
         return str(error).partition("\n")[0]  # what follows the first line is for those who ask, as a schedule's grid
+    if isinstance(error, RuntimeError) and (lost := _LOST.search(str(error))):
+        return f"another rank has ended ({lost[0]}): it says why, above or in its own log"
     return None
 
 
@@ -90,14 +94,16 @@ def _explain_option(error: Exception) -> str:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the frame that raised `error` is this repository's."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
+    """Whether a `raise` of this repository raised `error`; what a C function raises, as int("x"), is not meant."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
         return False
-    path = Path(frame.tb_frame.f_code.co_filename)
-    return path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+    code = place.tb_frame.f_code
+    path = Path(code.co_filename)
+    is_ours = path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in _OURS
+    return is_ours and code.co_code[place.tb_lasti] == _RAISE
 
 
 def _one_line(text: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -49,6 +50,26 @@ def test_a_bug_keeps_its_trace() -> None:
     for bug in (lambda: {}["missing"], lambda: json.loads("{"), lambda: [].index(3)):
         with pytest.raises((KeyError, ValueError)), one_line_errors():
             bug()
+
+
+def test_a_bug_in_our_own_lines_keeps_its_trace() -> None:
+    """What a C function raises from a line of ours is not a complaint of ours."""
+    from infra.token_file import token_dtype
+    from model.generate import generate
+
+    with pytest.raises(TypeError), one_line_errors():
+        token_dtype("many")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unpack"), one_line_errors():
+        generate(None, torch.zeros(1), 1)  # type: ignore[arg-type]
+
+
+def test_a_lost_rank_is_one_line() -> None:
+    gloo = "[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:62182. This is typically ..."
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise RuntimeError(gloo)
+    assert str(stop.value.code).startswith("error: another rank has ended (Connection closed by peer [127")
+    with pytest.raises(RuntimeError, match="shape"), one_line_errors():
+        raise RuntimeError("shape mismatch")
 
 
 def test_the_trace_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
