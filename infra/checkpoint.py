@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_\d+")
 
 
 class CheckpointError(ValueError):
@@ -41,15 +41,18 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
 
     tensors: what this rank contributes; every key must come from exactly one rank. meta: JSON values, rank 0's count.
     keep: how many checkpoints stay; older ones are removed once this one is whole.
-    Raises OSError on every rank when any rank could not write (a full disk); the older checkpoints are untouched.
+    Raises OSError on every rank when any rank could not write (a full disk); older checkpoints are untouched.
     """
     rank, world_size = _place()
     target, beside = root / f"step_{step}", root / f".step_{step}.writing"
+    error: OSError | None = None
     if rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    _agree(None, root)
-    error: OSError | None = None
+        try:
+            beside.mkdir(parents=True)
+        except OSError as failure:
+            error = failure
+    _agree(error, root)
     file = beside / f"rank_{rank:05d}.safetensors"
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
@@ -73,9 +76,19 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
     return target
 
 
+def folders(root: Path) -> list[Path]:
+    """The checkpoints under `root`, whole or damaged, by step; a folder of any other name is nobody's business."""
+    return sorted((folder for folder in root.glob("step_*") if _STEP.fullmatch(folder.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a folder called `step_<n>`."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def newest(root: Path) -> Path | None:
     """The newest whole checkpoint under `root`; damaged ones are passed over with a warning that names the file."""
-    for folder in sorted(root.glob("step_*"), key=_step_of, reverse=True):
+    for folder in reversed(folders(root)):
         try:
             Checkpoint(folder).verify()
             return folder
@@ -152,7 +165,7 @@ def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) 
 
 
 def _prune(root: Path, keep: int) -> None:
-    for folder in sorted(root.glob("step_*"), key=_step_of)[:-keep]:
+    for folder in folders(root)[:-keep]:
         shutil.rmtree(folder)
 
 
@@ -176,11 +189,6 @@ def _named(failure: Exception, file: Path) -> OSError:
 
 def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _step_of(folder: Path) -> int:
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else -1
 
 
 def _checksum(file: Path) -> str:

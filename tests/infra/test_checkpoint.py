@@ -36,6 +36,25 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "step_10"
 
 
+def test_folders_of_other_names_are_left_alone(tmp_path):
+    for name in ("step_2_best", "step_x", "steps"):
+        (tmp_path / name).mkdir()
+    for step in (1, 2, 10):
+        checkpoint.save(tmp_path, step, _tensors(0), {}, keep=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_2_best", "step_x", "steps", "step_10"}
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_10"
+
+
+def _save_where_no_folder_can_be(rank, world_size, root):
+    with pytest.raises(OSError, match="Not a directory" if rank == 0 else "other ranks could not write"):
+        checkpoint.save(root, 4, _tensors(rank), {}, keep=1)
+
+
+def test_a_folder_that_cannot_be_made_fails_on_all(tmp_path):
+    (tmp_path / "file").touch()
+    run_ranks(2, _save_where_no_folder_can_be, tmp_path / "file" / "checkpoints")
+
+
 def test_no_checkpoint_is_no_error(tmp_path):
     assert checkpoint.newest(tmp_path / "nothing") is None
 
