@@ -26,11 +26,14 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; vectors (norms) decay not
-    clip: float = 1.0  # global gradient norm
+    clip: float = 1.0  # global gradient norm; 0: never
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas={self.betas}: expected two numbers in [0, 1)")
+        for name in ("eps", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass
@@ -52,13 +55,16 @@ class TrainConfig:
     bias_update_speed: float = 1e-3  # gamma
     bias_stop_share: float = 14.3 / 14.8  # gamma is 0 from there on
     eval_every: int = 0  # steps; 0: only at the end
-    eval_samples: int = 16  # held-out sequences per evaluation
+    eval_samples: int = 16  # held-out sequences per evaluation; 0: none is made, and none are needed
     log_every: int = 10  # steps between console lines where standard output is no terminal
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "microbatch_size"):
+        for name in ("steps", "global_batch_size", "microbatch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("eval_every", "eval_samples", "mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass
@@ -70,19 +76,17 @@ class CheckpointConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep} must be at least 1")
+        if self.keep < 1 or self.every < 0:
+            raise ValueError(
+                f"checkpoint.keep={self.keep} must be at least 1, checkpoint.every={self.every} at least 0"
+            )
 
 
 @dataclass
 class RunConfig:
-    """dir: the run folder. sample_tokens: how many tokens to continue held-out text by at the end (0: none).
-
-    trace: whether a pipeline leaves the timeline of its last step there.
-    """
+    """dir: the run folder. trace: whether a pipeline leaves the timeline of its last step there."""
 
     dir: str = "runs/pretrain"
-    sample_tokens: int = 0
     trace: bool = True
 
 

@@ -110,9 +110,10 @@ class TokenDataset:
     def samples_per_epoch(self, sequence_length: int) -> int:
         num = (self.tokens_per_epoch - 1) // sequence_length
         if num < 1:
+            without = ", or train.eval_samples=0 to do without" if self.split == "held_out" else ""
             raise DataError(
                 f"data {self.file.path} ({self.split}) holds {self.tokens_per_epoch} tokens, fewer than one sample of "
-                f"data.sequence_length={sequence_length} plus one; use more data or a shorter sequence"
+                f"data.sequence_length={sequence_length} plus one; use more data or a shorter sequence{without}"
             )
         return num
 

@@ -71,7 +71,7 @@ def from_hugging_face(source: Path, root: Path) -> Path:
             tensors[f"master/{key}"] = part
             tensors[f"exp_avg/{key}"] = torch.zeros_like(part)
             tensors[f"exp_avg_sq/{key}"] = torch.zeros_like(part)
-    meta = {"samples": 0, "tokens": 0, "model": asdict(published.config), "data": ""}
+    meta = {"samples": 0, "tokens": 0, "model": asdict(published.config)}
     return checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
 
 

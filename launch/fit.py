@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config
 from infra import checkpoint
-from infra.distributed import World, any_rank
+from infra.distributed import World, any_rank, largest
 from infra.metrics import Metrics
 from infra.prepare import prepare_default
 from infra.token_file import read_tokenizer
@@ -67,7 +67,6 @@ def fit(trainer: Trainer) -> None:
     config, world = trainer.config, trainer.world
     folder = Path(config.run.dir)
     checkpoints = folder / "checkpoints"
-    resume(trainer, checkpoints)
     due = config.checkpoint.every
     last_saved = trainer.step
     with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics:
@@ -91,18 +90,28 @@ def fit(trainer: Trainer) -> None:
             metrics.finish(_places(trainer, checkpoints))
 
 
-def resume(trainer: Trainer, checkpoints: Path) -> None:
-    """Continues from the newest whole checkpoint, if there is one and the config wants it."""
+def resume(trainer: Trainer) -> None:
+    """Continues from the newest whole checkpoint of the run folder, if there is one. Collective.
+
+    Rank 0 looks and reads every byte. Raises ValueError where there are checkpoints and the config wants none of them,
+    or all are damaged.
+    """
     config = trainer.config
-    existing = sorted(checkpoints.glob("step_*"))
-    if existing and not config.checkpoint.resume:
-        raise ValueError(
-            f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
-            "choose another run.dir, or checkpoint.resume=true to go on with that one"
-        )
-    newest = checkpoint.newest(checkpoints)
-    if newest is not None:
-        trainer.load(newest)
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    step = -1
+    if trainer.world.is_main and (existing := checkpoint.folders(checkpoints)):
+        if not config.checkpoint.resume:
+            raise ValueError(
+                f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
+                "choose another run.dir, or checkpoint.resume=true to go on with that one"
+            )
+        newest = checkpoint.newest(checkpoints)
+        if newest is None:
+            raise ValueError(f"all {len(existing)} checkpoints in {checkpoints} are damaged: choose another run.dir")
+        step = checkpoint.step_of(newest)
+    step = int(largest(step))
+    if step >= 0:
+        trainer.load(checkpoints / f"step_{step}")
 
 
 def _metrics(trainer: Trainer, folder: Path) -> Metrics:

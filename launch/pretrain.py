@@ -23,12 +23,13 @@ register()
 def main(settings: DictConfig) -> None:
     config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     from infra import distributed
-    from launch.fit import fit, open_run_folder, with_data
+    from launch.fit import fit, open_run_folder, resume, with_data
     from launch.trainer import Trainer
 
     world = distributed.start()
     config = with_data(config, world)
     trainer = Trainer(config, world)
+    resume(trainer)
     if world.is_main:
         open_run_folder(config, settings, list(HydraConfig.get().overrides.task))
     fit(trainer)

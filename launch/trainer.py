@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -16,16 +17,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conf.schema import Config
+from conf.schema import Config, TrainConfig
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
-from infra.distributed import World, any_rank
+from infra.distributed import World, any_rank, largest
 from infra.optim import clip_gradients, global_grad_norm, make_adamw, reduce_gradients, update
 from model.moe import updated_bias
 from parallel import state
 from parallel.expert.traffic import load_figures
 from parallel.mesh import Group, Mesh, MeshConfig
 from parallel.parallelize import parallelize
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.measure import bubble_fraction, clock_offset
 from parallel.pipeline.p2p import P2P
@@ -33,6 +35,13 @@ from parallel.pipeline.passes import forward_only, lower
 from parallel.pipeline.stage import BatchScale
 
 Record = dict[str, float]
+
+# What a run may change about a model whose weights it goes on with: how it is trained, and how positions are stretched
+# (V3 added YaRN when it extended the context).
+_MAY_CHANGE = {
+    *("initializer_range", "aux_loss_alpha", "seq_aux", "bos_token_id", "eos_token_id"),
+    *("rope_scaling", "max_position_embeddings", "num_key_value_heads"),
+}
 
 
 class Trainer:
@@ -45,18 +54,17 @@ class Trainer:
         self.config, self.world = config, world
         train, parallel = config.train, config.parallel
         mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
-        _check_batch("train.global_batch_size", train.global_batch_size, train.microbatch_size, mesh_config.dp)
-        if train.batch_ramp:
-            ramp = train.batch_ramp
-            _check_batch("train.batch_ramp.multiple_of", ramp.multiple_of, train.microbatch_size, mesh_config.dp)
+        self._schedule = lru_cache(maxsize=None)(parallel.make_schedule)
+        _check_batches(train, self._schedule, mesh_config.dp)
         self.mesh = Mesh(mesh_config)
         self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
         self.train_data = self._open("train", config.data.fim_rate)
+        self.held_out = self._open("held_out", 0.0) if train.eval_samples else None
         self.replica = parallelize(
             config.model,
             parallel,
             self.mesh,
-            parallel.make_schedule(self._num_microbatches(train.global_batch_size)),
+            self._schedule(self._num_microbatches(train.global_batch_size)),
             precision=config.precision,
             device=world.device,
             seed=train.seed,
@@ -107,7 +115,7 @@ class Trainer:
             "step_time": step_time,
             "tokens_per_second": num_tokens / step_time,
             "bubble": bubble_fraction(self.executor, self.mesh.pp, self.clock_offset),
-            "peak_memory_gb": self._peak_memory_gb(),
+            "peak_memory_gb": largest(self._peak_memory_gb()),
         }
         histograms = {}
         moe_layers = load_LE.sum(1).nonzero().flatten().tolist()
@@ -123,11 +131,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Record:
-        """Losses over the first held-out samples, by the same executor, forwards only."""
-        data = self._held_out
-        unit = self.config.train.microbatch_size * self.mesh.config.dp * (2 if self.mesh.config.pp > 1 else 1)
-        size = max(1, self.config.train.eval_samples // unit) * unit
-        sums, _ = self._run(data, 0, size, share=0.0, training=False)
+        """Losses over the first `train.eval_samples` held-out samples, by the same executor; {} where that is 0."""
+        data = self.held_out
+        if data is None:
+            return {}
+        sums, _ = self._run(data, 0, self.config.train.eval_samples, share=0.0, training=False)
         return {"eval_loss": sums["lm_loss"], "eval_nats_per_byte": sums["lm_loss"] / data.bytes_per_token}
 
     def _run(
@@ -182,7 +190,6 @@ class Trainer:
     def save(self, root: Path) -> Path:
         """Writes a checkpoint of this moment under `root`."""
         meta = {"samples": self.samples, "tokens": self.tokens, "model": asdict(self.config.model)}
-        meta["data"] = self.train_data.file.path.name
         tensors = state.saved(self.replica, self.optimizer, self.world.rank)
         return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
 
@@ -200,26 +207,25 @@ class Trainer:
     def _on_sigterm(self, *_: object) -> None:
         self._asked_to_stop = True
 
-    @property
-    def _held_out(self) -> TokenDataset:
-        return self._open("held_out", 0.0)
-
     def _open(self, split: str, fim_rate: float) -> TokenDataset:
+        """One split of the data. Raises DataError now, not after hours, where it holds less than one sample."""
         data = self.config.data
-        return TokenDataset(
+        dataset = TokenDataset(
             data.path,
             split,
             seed=self.config.train.seed,
             fim_rate=fim_rate,
             vocab_size=self.config.model.vocab_size,
-            verify=data.verify,
+            verify=data.verify and split == "train" and self.world.is_main,  # once, and it reads both splits
         )
+        dataset.samples_per_epoch(data.sequence_length)
+        return dataset
 
     def _num_microbatches(self, size: int) -> int:
         return size // (self.config.train.microbatch_size * self.mesh.config.dp)
 
     def _make_executor(self, num_microbatches: int, training: bool) -> Executor:
-        schedule = self.config.parallel.make_schedule(num_microbatches)
+        schedule = self._schedule(num_microbatches)
         if not training:
             schedule = forward_only(schedule)
         rank = self.mesh.at.pp
@@ -235,17 +241,28 @@ class Trainer:
 def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:
     """Raises CheckpointError naming the first key in which the checkpoint's model is another."""
     for key, value in model.items():
-        if saved.meta["model"].get(key) != value:
+        if key not in _MAY_CHANGE and saved.meta["model"].get(key) != value:
             raise checkpoint.CheckpointError(
                 f"{saved.folder} holds another model: its {key} is {saved.meta['model'].get(key)}, "
-                f"but model.{key}={value}; use another run.dir, or checkpoint.resume=false"
+                f"but model.{key}={value}; use another run.dir, or the model of this one"
             )
 
 
-def _check_batch(name: str, size: int, microbatch_size: int, dp: int) -> None:
-    unit = microbatch_size * dp
-    if size % unit:
-        raise ValueError(
-            f"{name}={size} does not divide into microbatches of train.microbatch_size={microbatch_size} "
-            f"on dp={dp} pipelines: use a multiple of {unit}, such as {max(1, size // unit) * unit}"
-        )
+def _check_batches(train: TrainConfig, make_schedule: Callable[[int], Schedule], dp: int) -> None:
+    """Raises ValueError naming the option whose batch does not divide, or is too small for the schedule."""
+    sizes = {"train.global_batch_size": train.global_batch_size, "train.eval_samples": train.eval_samples}
+    if train.batch_ramp:
+        sizes["train.batch_ramp.start"] = train.batch_ramp.start
+        sizes["train.batch_ramp.multiple_of"] = train.batch_ramp.multiple_of
+    unit = train.microbatch_size * dp
+    for name, size in sizes.items():
+        if size % unit:
+            raise ValueError(
+                f"{name}={size} does not divide into microbatches of train.microbatch_size={train.microbatch_size} "
+                f"on dp={dp} pipelines: use a multiple of {unit}, such as {max(1, size // unit) * unit}"
+            )
+        if size and not name.endswith("multiple_of"):
+            try:
+                make_schedule(size // unit)
+            except ValueError as error:
+                raise ValueError(f"{error} ({name}={size})") from None

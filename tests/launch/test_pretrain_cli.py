@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra import distributed
+from infra.prepare import PrepareConfig, prepare
 from launch import pretrain
 from tests.launch.runs import small_data
 
@@ -116,6 +117,11 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
         (["data.path=/nowhere"], "/nowhere"),
         (["precision=fp7"], "fp7"),
         (["model.vocab_size=100"], "vocab"),
+        (["train.log_every=0"], "train.log_every=0"),
+        (["train.eval_samples=-1"], "train.eval_samples=-1"),
+        (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
+        (["train.eval_samples=3", "train.microbatch_size=2"], "train.eval_samples=3"),
+        (["data.sequence_length=20000"], "(train) holds"),
     ],
 )
 def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
@@ -141,11 +147,13 @@ def test_a_folder_without_data_is_one_line_on_standard_error(data, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_a_checkpoint_of_another_model_is_refused(data, unbroken):
+def test_a_checkpoint_of_another_model_is_refused_and_its_run_untouched(data, unbroken):
+    before = {name: (unbroken / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
     done = run(f"data.path={data}", f"run.dir={unbroken}", "train.steps=14", "model.hidden_size=32")
     assert done.returncode != 0
     assert "hidden_size is 16" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert before == {name: (unbroken / name).read_bytes() for name in before}
 
 
 def test_two_ranks_complain_once(data, tmp_path):
@@ -154,13 +162,46 @@ def test_two_ranks_complain_once(data, tmp_path):
     assert done.stderr.count("train.global_batch_size=3") == 1
 
 
-def test_mpirun_starts_ranks_too(data, tmp_path):
-    mpirun = Path(sys.executable).with_name("mpirun")
-    if not mpirun.exists():
+def test_what_fails_on_one_rank_alone_is_said_once(data, tmp_path):
+    """Only rank 0 opens the run folder; the other one must neither hang nor show a trace of its own."""
+    (tmp_path / "file").touch()
+    done = run(f"data.path={data}", f"run.dir={tmp_path / 'file' / 'run'}", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "[rank1]" not in done.stderr
+
+
+def mpirun(*arguments: str) -> subprocess.CompletedProcess:
+    program = Path(sys.executable).with_name("mpirun")
+    if not program.exists():
         pytest.skip("no mpirun beside this python")
-    start = [str(mpirun), "-n", "2", "--oversubscribe", "--allow-run-as-root"]
-    arguments = [f"data.path={data}", f"run.dir={tmp_path}", "train.steps=3"]
+    start = [str(program), "-n", "2", "--oversubscribe", "--allow-run-as-root"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([*start, *command(*arguments)], capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run([*start, *command(*arguments)], capture_output=True, text=True, timeout=100, env=environment)
+
+
+def test_mpirun_starts_ranks_too(data, tmp_path):
+    done = mpirun(f"data.path={data}", f"run.dir={tmp_path}", "train.steps=3")
     assert done.returncode == 0, done.stderr
     assert "finished at step 3 of 3" in done.stdout
+
+
+def test_ranks_of_mpirun_complain_once(data, tmp_path):
+    done = mpirun(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+
+
+def test_data_that_holds_nothing_out_is_refused_before_training(data, tmp_path):
+    empty = tmp_path / "data"
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    prepare(PrepareConfig(source=str(tmp_path / "text.txt"), out=str(empty), held_out=0.0, workers=1), quiet=True)
+    arguments = [f"data.path={empty}", f"run.dir={tmp_path / 'run'}", "train.steps=2"]
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert "(held_out) holds 0 tokens" in done.stderr
+    assert "train.eval_samples=0" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = run(*arguments, "train.eval_samples=0")
+    assert done.returncode == 0, done.stderr
+    assert "eval_loss" not in records(tmp_path / "run")[-1]
