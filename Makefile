@@ -22,7 +22,7 @@ install-te: $(READY) ## Transformer Engine, compiled against the installed torch
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda and "Transformer Engine needs a CUDA build of torch, but this one is " + torch.__version__)'
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[te]"
 
-RUN    ?= runs/pretrain-$(shell date +%Y%m%d-%H%M%S)
+RUN    := runs/pretrain-$(shell date +%Y%m%d-%H%M%S)
 LAYOUT := parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipe parallel.dispatcher=two_hop parallel.ranks_per_node=1
 
 pretrain: $(READY) ## train a small DeepSeek-V3 on real text: 4 ranks, DualPipe, two-hop dispatch; then continue a line

@@ -44,8 +44,7 @@ class Metrics:
         keep_steps(self.path, done)
         self._lines = self.path.open("ab", buffering=0)
         # `purge_step` makes TensorBoard forget the steps that will be repeated.
-        purge = done + 1 if done else None
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1, flush_secs=10)
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._done = self._done_before = done
         self._started = time.monotonic()
