@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +53,7 @@ from parallel.pipeline.timeline import COOL_DOWN, WARM_UP, Timeline
 MICROSECONDS = {"": 1e3, "s": 1e6, "ms": 1e3, "us": 1.0}  # of one unit of time, for the trace
 QUANTILES = (0.05, 0.5, 0.95)
 YOUNG = 100_000  # objects between two searches for garbage: a schedule is many tuples, and no cycles
+MOST_FORWARDS = 10_000_000  # of all ranks; about 15 GB
 MOST_DRAWN = 200_000  # actions; viewers and browsers hold no more
 
 
@@ -146,6 +147,9 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     if parallel.schedule_csv is not None:
         return from_csv(_read(parallel.schedule_csv), name=parallel.schedule_csv)
     shape = (parallel.pp, config.num_microbatches)
+    if math.prod(shape) > MOST_FORWARDS:
+        what = f"parallel.pp={shape[0]} times num_microbatches={shape[1]}"
+        raise ValueError(f"{what} are {math.prod(shape):,} forwards: memory holds about {MOST_FORWARDS:,}")
     if parallel.schedule == "auto":
         return auto(*shape, costs, config.auto.memory_limit, config.auto.shape, parallel.stages_per_rank)
     if parallel.schedule in MADE_FOR_COSTS:
@@ -179,7 +183,7 @@ def report_of(config: SimulateConfig, costs: Costs, schedule: Schedule, timeline
         "peak_live_microbatches": [timeline.peak_live(rank) for rank in ranks],
         "peak_activations": [timeline.peak_memory(rank) for rank in ranks],
         "unit": config.unit,
-        "costs": asdict(costs) | {"p2p_bandwidth": costs.p2p_bandwidth if isfinite(costs.p2p_bandwidth) else None},
+        "costs": asdict(costs) | {"p2p_bandwidth": costs.p2p_bandwidth if math.isfinite(costs.p2p_bandwidth) else None},
     }
     if costs.jitter:
         times = step_time_quantiles(schedule, costs, quantiles=QUANTILES, num_runs=config.num_runs, seed=config.seed)

@@ -87,6 +87,8 @@ def _check(name: str, value: Any, above: float | None = None, finite: bool = Tru
         raise ValueError(f"{name} = {value!r}: it must be above {above:g}")
     if above is None and value < 0:
         raise ValueError(f"{name} = {value!r}: it must not be negative")
+    if value and not math.isinf(value) and not 1e-100 < value < 1e100:
+        raise ValueError(f"{name} = {value!r}: choose a unit in which it is between 1e-100 and 1e100")
 
 
 def stage_times(schedule: Schedule, costs: Costs) -> np.ndarray:

@@ -212,6 +212,7 @@ def test_one_impossible_combination_does_not_end_a_sweep(run, tmp_path: Path) ->
         ("parallel.pp=0", "parallel.pp=0: must be at least 1"),
         ("parallel.schedule=dualpiep", "parallel.schedule=dualpiep: expected one of gpipe"),
         ("parallel.scheduel=zbv", "did you mean parallel.schedule?"),
+        ("num_microbatches=2000000", "parallel.pp=8 times num_microbatches=2000000 are 16,000,000 forwards"),
         ("num_microbatches=many", "num_microbatches: Value 'many'"),
         ("costs.f=0", "costs.f = 0"),
         ("costs.i=-1", "costs.i = -1"),

@@ -148,6 +148,8 @@ def test_a_step_is_never_shorter_than_its_busiest_rank(shape):
         ({"i": -1.0}, r"costs\.i = -1\.0: it must be above 0"),
         ({"w": math.nan}, r"costs\.w = nan: it must be a finite number"),
         ({"f": math.inf}, r"costs\.f = inf: it must be a finite number"),
+        ({"f": 1e308}, r"costs\.f = 1e\+308: choose a unit in which it is between"),
+        ({"w": 1e-320}, r"costs\.w = 1e-320: choose a unit in which it is between"),
         ({"f": "fast"}, r"costs\.f = 'fast': it must be a finite number"),
         ({"f": True}, r"costs\.f = True: it must be a finite number"),
         ({"f": None}, r"costs\.f = None: it must be a finite number"),
