@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infra.optim import Bucket, make_adamw, update
 from model.config import ModelConfig
 from model.hf import to_hugging_face_config
 from model.transformer import Transformer, init_model_
 
 LENGTH = 512
+LR, BETAS = 1e-4, (0.9, 0.95)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -70,9 +72,30 @@ def matmul_peak(dtype: torch.dtype) -> float:
     return best
 
 
-def step_of(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
-    """A training step that says its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+def our_step_of(model: Transformer, dtype: torch.dtype, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+    """A training step as `launch/pretrain.py` makes it, here with everything in one dtype: linear layers add into flat
+    gradients, and one fused AdamW updates flat weights."""
+    weights = dict(model.named_parameters())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    bucket = Bucket(shapes, 0.1, dtype, dtype, torch.device("cpu"))
+    for name, param in bucket.new_parameters().items():
+        param.data.copy_(weights[name])
+        path, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(path), leaf, param)
+    optimizer = make_adamw([bucket], LR, BETAS, eps=1e-8)
+
+    def step() -> float:
+        loss = loss_of()
+        loss.backward()
+        update([bucket], optimizer, LR)
+        return loss.item()
+
+    return step
+
+
+def their_step_of(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
+    """A training step as PyTorch's users write it, with the fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0.1, fused=True)
 
     def step() -> float:
         loss = loss_of()
@@ -109,8 +132,8 @@ def compare(num_experts: int, precision: str, seconds: float) -> dict[str, objec
     ours, theirs = ours.to(dtype), theirs.to(dtype).train()
     text = torch.randint(config.vocab_size, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     tokens, labels = text[:, :-1], text[:, 1:]
-    our_step = step_of(ours, lambda: ours.losses(tokens, labels, num_tokens=LENGTH, num_sequences=1).lm_loss)
-    their_step = step_of(theirs, lambda: theirs(tokens, labels=labels, shift_labels=labels, use_cache=False).loss)
+    our_step = our_step_of(ours, dtype, lambda: ours.losses(tokens, labels, num_tokens=LENGTH, num_sequences=1).lm_loss)
+    their_step = their_step_of(theirs, lambda: theirs(tokens, labels=labels, shift_labels=labels, use_cache=False).loss)
     first = our_step(), their_step()
     if abs(first[0] - first[1]) > 2e-2:
         raise ValueError(f"the two models do not agree: losses {first[0]:.4f} and {first[1]:.4f} at the first step")

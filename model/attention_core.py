@@ -41,9 +41,9 @@ def _blocks(L: int) -> Iterator[tuple[slice, slice]]:
 
 def _probs(q_GLH: Tensor, k_GLH: Tensor, rows: slice, keys: slice) -> Tensor:
     """Attention weights of one block of (scaled) query rows; only its last square looks ahead anywhere."""
-    mask = q_GLH.new_zeros(rows.stop - rows.start, keys.stop)
-    mask[:, rows].fill_(-torch.inf).triu_(1)
-    scores = torch.baddbmm(mask.expand(len(q_GLH), -1, -1), q_GLH[:, rows], k_GLH[:, keys].transpose(1, 2))
+    scores = torch.bmm(q_GLH[:, rows], k_GLH[:, keys].transpose(1, 2))
+    square = scores[:, :, rows]
+    square += torch.full_like(square[0], -torch.inf).triu_(1)
     return scores.softmax(-1)
 
 

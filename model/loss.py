@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.linear import Linear, accumulate_or_return
+from model.linear import Linear
 from model.matmul import mm
 from model.norm import accumulation_dtype
 
 IGNORE = -100  # a label that has no loss
 LOGITS_PER_CHUNK = 1 << 24
+LOGITS_PER_BLOCK = 1 << 18  # as many as a core's cache holds
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -31,25 +32,17 @@ class _CrossEntropy(torch.autograd.Function):
         loss = h_TD.new_zeros((), dtype=dtype)
         chunk = max(1, LOGITS_PER_CHUNK // V)
         for start in range(0, T, chunk):
-            h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk, None]
-            counted = labels != IGNORE
-            index = labels.where(counted, 0)
+            h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk]
             logits = mm(h, weight.t())
-            probs = logits.softmax(-1, dtype=dtype)
-            # log of the sum of exponentials, from the largest: its probability is at least 1 / V
-            lse = logits.amax(-1, keepdim=True).to(dtype) - probs.amax(-1, keepdim=True).log()
-            loss += (lse - logits.gather(1, index)).where(counted, 0).sum()
-            if needs_dh or needs_dw:
-                probs.scatter_add_(1, index, -torch.ones_like(lse))
-                dlogits = probs.mul_(counted).div_(normaliser).to(h.dtype)
-                if dh_TD is not None:
-                    dh_TD[start : start + chunk] = mm(dlogits, weight)
-                if needs_dw:
-                    part = mm(dlogits.t(), h)
-                    if dw_VD is None:
-                        dw_VD = part if chunk >= T else part.to(dtype)
-                    else:
-                        dw_VD += part
+            loss += _loss_and_gradient_(logits, labels, normaliser, dtype)
+            if dh_TD is not None:
+                dh_TD[start : start + chunk] = mm(logits, weight)
+            if needs_dw:
+                part = mm(logits.t(), h)
+                if dw_VD is None:
+                    dw_VD = part if chunk >= T else part.to(dtype)
+                else:
+                    dw_VD += part
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.weight, ctx.weight_grad = weight, weight_grad
         return loss / normaliser
@@ -63,11 +56,33 @@ class _CrossEntropy(torch.autograd.Function):
             return dh_TD, None, None, None, None
 
         def compute() -> Tensor | None:
-            return accumulate_or_return(
-                weight, (dw_VD * dloss).to(weight.dtype if not hasattr(weight, "main_grad") else dw_VD.dtype)
-            )
+            if hasattr(weight, "main_grad"):
+                weight.main_grad.addcmul_(dw_VD, dloss)
+                return None
+            return (dw_VD * dloss).to(weight.dtype)
 
         return dh_TD, ctx.weight_grad(weight, compute), None, None, None
+
+
+def _loss_and_gradient_(logits_TV: Tensor, labels_T: Tensor, normaliser: float, dtype: torch.dtype) -> Tensor:
+    """The sum of the tokens' losses; in place of the logits stands their gradient, divided by `normaliser`.
+
+    On a CPU it works through blocks that stay in a core's cache, in `dtype`, each in one buffer.
+    """
+    T, V = logits_TV.shape
+    loss = logits_TV.new_zeros((), dtype=dtype)
+    rows = max(1, LOGITS_PER_BLOCK // V) if logits_TV.is_cpu else max(1, T)
+    for block, labels in zip(logits_TV.split(rows), labels_T[:, None].split(rows), strict=True):
+        counted = labels != IGNORE
+        index = labels.where(counted, 0)
+        logits = block.to(dtype)
+        probs = logits.softmax(-1)
+        # log of the sum of exponentials, from the largest: its probability is at least 1 / V
+        lse = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+        loss += (lse - logits.gather(1, index)).where(counted, 0).sum()
+        probs.scatter_add_(1, index, -torch.ones_like(lse))
+        torch.mul(probs, counted / probs.new_tensor(normaliser), out=block)
+    return loss
 
 
 def cross_entropy(h_TD: Tensor, head: Linear, labels_T: Tensor, normaliser: float) -> Tensor:
