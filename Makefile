@@ -23,7 +23,8 @@ install-te: $(READY) ## Transformer Engine, compiled against the installed torch
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[te]"
 
 RUN    := runs/pretrain-$(shell date +%Y%m%d-%H%M%S)
-LAYOUT := parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipe parallel.dispatcher=two_hop parallel.ranks_per_node=1
+LAYOUT := parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipe parallel.dispatcher=two_hop parallel.ranks_per_node=1 \
+	parallel.recompute=selective
 
 pretrain: $(READY) ## train a small DeepSeek-V3 on real text: 4 ranks, DualPipe, two-hop dispatch; then continue a line
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 launch/pretrain.py $(LAYOUT) run.dir=$(RUN) $(ARGS)

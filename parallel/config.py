@@ -10,7 +10,7 @@ from parallel.pipeline.passes import PAIRABLE, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "selective", "full")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -29,7 +29,8 @@ class ParallelConfig:
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
     overlap: a slot of two interleaves its phases, so that communication travels while the other microbatch computes;
         where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for it (`pair_up`).
-    recompute: what the backward computes again instead of keeping it.
+    recompute: what the backward computes again instead of keeping it: `none`; `selective`, norms, the up-projections of
+    attention and SwiGLU; `full`, every phase.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
     ranks_per_node: ranks of one machine; routing groups are laid on nodes.
     """

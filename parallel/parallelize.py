@@ -131,8 +131,7 @@ def parallelize(
         cast(Block, model.model.layers[n]).mlp.gate.e_score_correction_bias = bias_LE[n]
 
     spec = Spec((*microbatch, config.hidden_size), compute_dtype)
-    recompute = parallel.recompute == "full"
-    stages = {s: _stage(model, config, s, layers_of, schedule, spec, recompute) for s in held}
+    stages = {s: _stage(model, config, s, layers_of, schedule, spec, parallel.recompute) for s in held}
     return Replica(stages, buckets, bias_LE, biased_layers, first_expert, dispatcher)
 
 
@@ -143,7 +142,7 @@ def _stage(
     layers_of: Sequence[Sequence[int]],
     schedule: Schedule,
     spec: Spec,
-    recompute: bool,
+    recompute: str,
 ) -> TransformerStage:
     is_first, is_last = stage == 0, stage == schedule.num_stages - 1
     return TransformerStage(

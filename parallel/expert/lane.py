@@ -78,7 +78,7 @@ class Lane:
                 began = perf_counter()
                 try:
                     if inputs_ready is None:
-                        result = task(*args), None
+                        result: tuple[Any, torch.cuda.Event | None] = task(*args), None
                         self._times.travels.append((kind, (began, perf_counter())))
                     else:
                         result = self._on_stream(task, args, inputs_ready)

@@ -14,6 +14,7 @@ Shapes: B batch, L length, T = B L tokens, D model, K experts per token, R rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,19 +24,22 @@ from torch import Tensor
 from model.block import Block
 from parallel.expert.dispatcher import Dispatcher
 from parallel.expert.lane import Pending
+from parallel.recompute import Regions
 
 Value = Any  # a Tensor, a Pending, or whatever else a phase hands on
 
 
 class Phase(Protocol):
     """`inputs` and `outputs` are names. `forward` also returns what `backward` needs; `backward` gets a gradient or
-    None for each output and returns one for each input. With `recompute`, what forward left goes through `rerun`
-    first: that needs no gradient, so it can run while the gradients travel."""
+    None for each output and returns one for each input. Where `reruns`, what forward left goes through `rerun` first:
+    that needs no gradient, so it can run while the gradients travel."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    recompute: bool
+
+    @property
+    def reruns(self) -> bool: ...
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]: ...
     def rerun(self, saved: Any) -> Any: ...
@@ -44,28 +48,41 @@ class Phase(Protocol):
 
 @dataclass
 class Compute:
-    """A phase that autograd differentiates. With `recompute` it keeps its inputs alone until `rerun`."""
+    """A phase that autograd differentiates.
+
+    full: it keeps its inputs alone, and `rerun` computes everything again. regions: it keeps what the model's regions
+    (parallel/recompute.py) leave, and `rerun` computes the rest.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     run: Callable[..., Sequence[Value]]
-    recompute: bool = False
+    full: bool = False
+    regions: Regions | None = None
+
+    @property
+    def reruns(self) -> bool:
+        return self.full or self.regions is not None
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
         leaves = [_leaf(value) for value in inputs] if training else inputs
-        with torch.set_grad_enabled(training and not self.recompute):
+        recording = self.regions.recording() if training and self.regions else nullcontext()
+        with torch.set_grad_enabled(training and not self.full), recording as tape:
             outputs = self.run(*leaves)
-        saved = (leaves, None if self.recompute else outputs)
+        saved = (leaves, None if self.full else outputs, tape)
         return [value.detach() if isinstance(value, Tensor) else value for value in outputs], saved
 
     def rerun(self, saved: Any) -> Any:
-        leaves, _ = saved
+        leaves, _, tape = saved
+        if tape is not None:
+            tape.rerun()
+            return saved
         with torch.enable_grad():
-            return leaves, self.run(*leaves)
+            return leaves, self.run(*leaves), None
 
     def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
-        leaves, outputs = saved
+        leaves, outputs, _ = saved
         ends = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
         torch.autograd.backward([out for out, _ in ends], [g for _, g in ends])
         return [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
@@ -81,7 +98,7 @@ def _leaf(value: Value) -> Value:
 class _Travel:
     """What both journeys share: they keep no activation, so there is nothing to compute again."""
 
-    recompute = False
+    reruns = False
 
     def __init__(self, dispatcher: Dispatcher):
         self.dispatcher = dispatcher
@@ -130,7 +147,7 @@ def _part(pending: Pending, index: int) -> Pending:
     return Pending(lambda: pending.wait()[index])
 
 
-def layer_phases(block: Block, layer: int, recompute: bool) -> tuple[list[Phase], list[Phase]]:
+def layer_phases(block: Block, layer: int, full: bool, regions: Regions | None) -> tuple[list[Phase], list[Phase]]:
     """A layer, h -> h, as its phases in forward and in backward order; each way `shared` hides a journey.
 
     A MoE layer also gives its balance loss and, by its number, its load.
@@ -140,7 +157,7 @@ def layer_phases(block: Block, layer: int, recompute: bool) -> tuple[list[Phase]
         def dense(h_BLD: Tensor, documents_BL: Tensor | None) -> tuple[Tensor]:
             return (block(h_BLD, documents_BL).h_BLD,)
 
-        only: list[Phase] = [Compute("dense", ("h", "documents"), ("h",), dense, recompute)]
+        only: list[Phase] = [Compute("dense", ("h", "documents"), ("h",), dense, full, regions)]
         return only, only
 
     def attend(h_BLD: Tensor, documents_BL: Tensor | None) -> tuple:
@@ -148,9 +165,9 @@ def layer_phases(block: Block, layer: int, recompute: bool) -> tuple[list[Phase]
         return a.h_BLD, a.x_TD, a.topk_weights_TK, a.balance_loss, a.topk_idx_TK, a.load_E
 
     attended = ("h", "x", "topk_weights", "balance_loss", "topk_idx", f"load.{layer}")
-    attend_phase = Compute("attend", ("h", "documents"), attended, attend, recompute)
+    attend_phase = Compute("attend", ("h", "documents"), attended, attend, full, regions)
     dispatch = Dispatch(block.mlp.dispatcher)
-    shared = Compute("shared", ("x",), ("shared",), lambda x_TD: (block.shared_expert(x_TD),), recompute)
-    experts = Compute("experts", dispatch.outputs[:3], ("y_R",), lambda *rows: (block.experts(*rows),), recompute)
+    shared = Compute("shared", ("x",), ("shared",), lambda x_TD: (block.shared_expert(x_TD),), full, regions)
+    experts = Compute("experts", dispatch.outputs[:3], ("y_R",), lambda *rows: (block.experts(*rows),), full, regions)
     combine = Combine(block.mlp.dispatcher)
     return [attend_phase, dispatch, shared, experts, combine], [combine, shared, experts, dispatch, attend_phase]

@@ -24,6 +24,7 @@ from parallel.pipeline.executor import Phases
 from parallel.pipeline.p2p import Spec
 from parallel.pipeline.phases import Compute, Phase, Value, layer_phases
 from parallel.pipeline.weight_grad import WeightGrads
+from parallel.recompute import Regions
 
 
 class BatchScale(NamedTuple):
@@ -38,7 +39,7 @@ class TransformerStage:
 
     layers: by whole-model number. output: what it hands on. is_first: whether tokens come in rather than hidden states.
     embed: for the first stage, and for the last where there is MTP. norm, head: for the last.
-    recompute: whether backward computes every phase again instead of keeping its activations.
+    recompute: what backward computes again instead of keeping it: `none`, `selective` (the model's regions) or `full`.
     """
 
     def __init__(
@@ -50,15 +51,19 @@ class TransformerStage:
         embed: Callable[[Tensor], Tensor] | None = None,
         norm: Callable[[Tensor], Tensor] | None = None,
         head: Linear | None = None,
-        recompute: bool = False,
+        recompute: str = "none",
     ):
-        self.output, self._is_first, self._recompute = output, is_first, recompute
+        self.output, self._is_first = output, is_first
+        self._recompute_all = recompute == "full"
+        self._regions = Regions() if recompute == "selective" else None
         self._embed, self._norm, self._head = embed, norm, head
         self._weight_grads = WeightGrads()
         for module in [*layers.values(), *([head] if head is not None else [])]:
             for layer in module.modules():
                 if hasattr(layer, "weight_grad"):
                     layer.weight_grad = self._weight_grads  # type: ignore[assignment]
+                if hasattr(layer, "region") and self._regions is not None:
+                    layer.region = self._regions  # type: ignore[assignment]
         self._forward: list[Phase] = []
         self._backward: list[Phase] = []
         self._make_phases(layers)
@@ -102,7 +107,7 @@ class TransformerStage:
         grads: dict[str, list[Value]] = {} if grad is None else {"h": [grad]}
         for phase in self._backward:
             kept = saved.pop(id(phase))
-            if phase.recompute:
+            if phase.reruns:
                 yield "recompute"
                 kept = phase.rerun(kept)
             yield phase.name
@@ -150,14 +155,14 @@ class TransformerStage:
             add_one(Compute("embed", ("tokens",), ("h",), lambda tokens: (self._embed_tokens(tokens),)))
         for n, block in layers.items():
             if not isinstance(block, MTPBlock):
-                add(*layer_phases(block, n, self._recompute))
+                add(*layer_phases(block, n, self._recompute_all, self._regions))
         if self._head is not None:
             add_one(Compute("head", ("h", "labels"), ("h", "lm_loss"), self._predict_next))
         depths = {n: block for n, block in layers.items() if isinstance(block, MTPBlock)}
         for k, (n, depth) in enumerate(depths.items(), start=1):
             join, predict = self._mtp_ends(k, depth)
             add_one(join)
-            add(*layer_phases(depth, n, self._recompute))
+            add(*layer_phases(depth, n, self._recompute_all, self._regions))
             add_one(predict)
 
     def _mtp_ends(self, k: int, depth: MTPBlock) -> tuple[Phase, Phase]:

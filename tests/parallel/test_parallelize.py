@@ -69,6 +69,11 @@ def test_experts_and_pipelines(dispatcher, schedule, pp, ep, world):
     check_layout(tiny(), parallel, world, 4)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation(recompute):
+    check_layout(tiny(), ParallelConfig(pp=2, schedule="zbv", recompute=recompute), 2, 4)
+
+
 @pytest.mark.parametrize("depths", [0, 2])
 def test_multi_token_prediction_of_any_depth(depths):
     check_layout(tiny(num_nextn_predict_layers=depths), ParallelConfig(pp=2, schedule="dualpipe"), 2, 4)

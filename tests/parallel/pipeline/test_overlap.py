@@ -84,8 +84,8 @@ def _gradients(rank, world, config, parallel, num_microbatches):
     return all(torch.equal(off, on) for off, on in zip(result[False], result[True], strict=True))
 
 
-EVERY = [(r, d, s) for r in ("none", "full") for d in (0, 1, 2) for s in (0, 1, 2)]
-SOME = {("none", 0, 0), ("full", 1, 1), ("none", 2, 2)}
+EVERY = [(r, d, s) for r in ("none", "selective", "full") for d in (0, 1, 2) for s in (0, 1, 2)]
+SOME = {("none", 0, 0), ("full", 1, 1), ("selective", 2, 2)}
 
 
 @pytest.mark.parametrize(
