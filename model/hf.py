@@ -204,7 +204,7 @@ def write_hugging_face(
     Args:
         tensors: of the whole model under our names, in any order; taken one at a time. Routing biases stay float32.
     Raises:
-        ValueError: when `folder` exists.
+        ValueError: when `folder` exists. OSError: when it cannot be written.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists; name another folder, or remove it")
@@ -242,8 +242,10 @@ def write_hugging_face(
         published = to_hugging_face_config(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (beside / "config.json").write_text(json.dumps(published, indent=2))
         os.rename(beside, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # a full disk, in other words
+            raise OSError(None, f"cannot be written ({error})", str(folder)) from None
         raise
 
 

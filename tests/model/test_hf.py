@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out, against `transformers` itself."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -27,13 +28,12 @@ def modeling(monkeypatch):
     lifted = SimpleNamespace(**{name: getattr(torch, name) for name in dir(torch) if not name.startswith("__")})
     lifted.float32 = torch.float64
     monkeypatch.setattr(module, "torch", lifted)
-    return module
 
 
 def theirs_from(folder, dtype=torch.float64):
-    from transformers import DeepseekV3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model, info = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     model.set_experts_implementation("eager")  # its grouped one has no float64
@@ -61,8 +61,15 @@ def test_transformers_loads_what_we_write_and_agrees(tmp_path, modeling, changes
     assert (got - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
-def test_unlifted_transformers_agrees_to_its_float32(tmp_path):
-    model = small_model()
+V2 = {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False}
+V2 |= {"num_nextn_predict_layers": 0}
+V2_LITE = {**V2, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}
+
+
+@pytest.mark.parametrize("changes", [{}, V2, V2_LITE])
+def test_unlifted_transformers_agrees_to_its_float32(tmp_path, changes):
+    """Of V2 too, whose rotary positions `transformers` turns in float32 by a method that cannot be lifted."""
+    model = small_model(**changes)
     write_hugging_face(tmp_path / "out", model.config, model.state_dict().items(), torch.float64)
     tokens, _ = text(2, 40)
     with torch.no_grad():
@@ -164,6 +171,18 @@ def test_damage_is_named(tmp_path):
     (out / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="llama"):
         HuggingFaceCheckpoint(out)
+
+
+def test_a_full_disk_names_the_folder(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r".") as error:
+            write_hugging_face(tmp_path / "out", small_config(), [("lm_head.weight", torch.zeros(61, 32))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
