@@ -1,0 +1,126 @@
+"""The trainer against a loop that anyone would write; its histograms and its resume under a pipeline."""
+
+import pytest
+import torch
+
+from conf.schema import Config
+from infra import lr
+from infra.data import TokenDataset
+from infra.distributed import World
+from infra.lr import BatchRampConfig
+from launch.trainer import Trainer
+from model.moe import updated_bias
+from model.transformer import Transformer, init_model_
+from tests.launch.runs import config, small_data, train
+from tests.ranks import run_ranks
+
+TIMES = {"step_time", "tokens_per_second", "peak_memory_gb", "bubble"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("trainer"))
+
+
+def plain_loop(config: Config, num_steps: int) -> list[dict]:
+    """One process, whole batches, torch's AdamW: matrices decay, vectors do not."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = init_model_(Transformer(config.model), config.train.seed)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=config.optim.eps)
+    samples = TokenDataset(config.data.path, "train", seed=config.train.seed, fim_rate=config.data.fim_rate)
+    size, length = config.train.global_batch_size, config.data.sequence_length
+    routers = [block.mlp.gate for block in [*model.blocks, *model.mtp] if block.is_moe]
+    records = []
+    for step in range(num_steps):
+        tokens = samples.batch(range(step * size, (step + 1) * size), length)
+        losses = model.losses(tokens[:, :-1], tokens[:, 1:], size * length, size)
+        mtp_loss = losses.mtp_losses_K.mean()
+        total = losses.lm_loss + config.train.mtp_loss_weight * mtp_loss
+        (total + config.model.aux_loss_alpha * losses.balance_loss).backward()
+        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        for p in model.parameters():
+            p.grad *= min(1.0, config.optim.clip / norm.item())
+        for group in adamw.param_groups:
+            group["lr"] = lr.learning_rate(config.optim.lr, step, config.train.steps, step / config.train.steps)
+        adamw.step()
+        adamw.zero_grad()
+        for router, load in zip(routers, losses.load_ME, strict=True):
+            router.e_score_correction_bias = updated_bias(
+                router.e_score_correction_bias.float(), load, config.train.bias_update_speed
+            )
+        records.append({"lm_loss": losses.lm_loss.item(), "mtp_loss": mtp_loss.item(), "grad_norm": norm.item()})
+    return records
+
+
+def test_a_step_is_what_a_plain_loop_does(data):
+    settings = config(data, steps=8)
+    settings.optim.weight_decay = 5.0  # large enough to see what decays
+    settings.optim.clip = 0.5  # and what is clipped
+    settings.train.bias_update_speed = 0.05
+    expected = plain_loop(settings, 6)
+    assert max(record["grad_norm"] for record in expected) > 0.5
+    for got, want in zip(run_ranks(1, train, settings, 6)[0], expected, strict=False):
+        for key, value in want.items():
+            assert got[key] == pytest.approx(value, rel=1e-9), f"step {got['step']} {key}"
+
+
+def _histograms(rank, world_size, config):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    for _ in range(3):
+        record, histograms = trainer.train_step()
+    return {name: values.tolist() for name, values in histograms.items()}, record["max_routing_bias"]
+
+
+def test_histograms_are_of_the_whole_model_under_a_pipeline(data):
+    """Rank 0 writes them, wherever a layer stands: also those of the last stage and of multi-token prediction."""
+    expected = run_ranks(1, _histograms, config(data))[0]
+    assert set(expected[0]) == {f"{kind}/layer_{n}" for kind in ("expert_load", "routing_bias") for n in (1, 2, 3, 4)}
+    piped = config(data, pp=2, ep=2, schedule="dualpipe", dispatcher="all_to_all")
+    for result in run_ranks(4, _histograms, piped):
+        assert result == expected
+    assert all(any(values) for values in expected[0].values())
+
+
+def _save_and_go_on(rank, world_size, config, root):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    for _ in range(4):
+        trainer.train_step()
+    trainer.save(root)
+    return [trainer.train_step()[0] for _ in range(4)]
+
+
+def _load_and_go_on(rank, world_size, config, root):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    trainer.load(root / "step_4")
+    return [trainer.train_step()[0] for _ in range(4)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_identical_in_a_ramp_and_a_cosine_under_a_pipeline(data, tmp_path, precision):
+    ramp = BatchRampConfig(start=4, share=0.6, multiple_of=4)
+    layout = {"pp": 2, "schedule": "dualpipe", "precision": precision}
+    settings = config(
+        data, steps=9, train={"global_batch_size": 16, "batch_ramp": ramp, "microbatch_size": 2}, **layout
+    )
+    settings.optim.lr.constant_until = 0.3
+    unbroken = run_ranks(2, _save_and_go_on, settings, tmp_path)
+    resumed = run_ranks(2, _load_and_go_on, settings, tmp_path)
+    for before, after in zip(unbroken[0], resumed[0], strict=True):
+        assert {k: v for k, v in after.items() if k not in TIMES} == {k: v for k, v in before.items() if k not in TIMES}
+    assert len({record["batch_size"] for record in unbroken[0]}) > 1
+    assert len({record["lr"] for record in unbroken[0]}) > 1
+
+
+def _peak(rank, world_size, config):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    trainer._peak_memory_gb = lambda: rank + 1.0  # type: ignore[method-assign]
+    return trainer.train_step()[0]["peak_memory_gb"]
+
+
+def test_peak_memory_is_that_of_the_fullest_rank(data):
+    assert run_ranks(2, _peak, config(data)) == [2.0, 2.0]
