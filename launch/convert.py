@@ -52,7 +52,7 @@ def names_and_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def from_hugging_face(source: Path, root: Path) -> Path:
-    """Writes `root/step_0`: master weights and routing biases from `source`, moments zero.
+    """Writes `root/step_0`: master weights and routing biases from `source`; moments are zero before the first step.
 
     Raises:
         ValueError: where the source is damaged or holds another model than its config.json says.
@@ -69,8 +69,6 @@ def from_hugging_face(source: Path, root: Path) -> Path:
             continue
         for key, part in _taken_apart(name, tensor):
             tensors[f"master/{key}"] = part
-            tensors[f"exp_avg/{key}"] = torch.zeros_like(part)
-            tensors[f"exp_avg_sq/{key}"] = torch.zeros_like(part)
     meta = {"samples": 0, "tokens": 0, "model": asdict(published.config)}
     return checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
 

@@ -34,8 +34,15 @@ def saved(replica: Replica, optimizer: torch.optim.Optimizer, rank: int) -> dict
 
 @torch.no_grad()
 def load(checkpoint: Checkpoint, replica: Replica, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Fills this rank's state from a checkpoint of any layout. Raises CheckpointError when the models differ."""
+    """Fills this rank's state from a checkpoint of any layout, made after `step` steps.
+
+    Before the first step all moments are zero, and a checkpoint need not have them. Raises CheckpointError when the
+    models differ.
+    """
     state = held(replica, optimizer)
+    moments = [key for key in state if key.startswith("exp_avg")] if step == 0 else []
+    for key in moments:
+        state.pop(key).zero_()
     for key, tensor in checkpoint.read(state).items():
         state[key].copy_(tensor)
     for bucket in replica.buckets:

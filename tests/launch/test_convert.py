@@ -1,12 +1,19 @@
 """Conversion from the command line's functions: Hugging Face's to a training checkpoint and back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from infra.checkpoint import Checkpoint
+from infra.data import TokenDataset
+from infra.distributed import World
 from launch.convert import from_hugging_face, to_hugging_face
+from launch.trainer import Trainer
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
+from tests.launch.runs import config, small_data
 from tests.model.small import small_model
+from tests.ranks import run_ranks
 
 
 def test_there_and_back_again(tmp_path):
@@ -17,13 +24,34 @@ def test_there_and_back_again(tmp_path):
     assert step.name == "step_0"
     key = "model.layers.1.mlp.experts.5.down_proj"
     assert torch.equal(ours.read([f"master/{key}"])[f"master/{key}"], model.blocks[1].mlp.experts.down_proj[5])
-    assert not ours.read([f"exp_avg_sq/{key}"])[f"exp_avg_sq/{key}"].any()
     assert "bias/model.layers.1.mlp.gate.e_score_correction_bias" in ours.keys
     assert ours.meta["model"]["hidden_size"] == 32
     to_hugging_face(step, tmp_path / "exported", torch.float64)
     back = HuggingFaceCheckpoint(tmp_path / "exported")
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.tensor(name), tensor), name
+
+
+def _first_step(rank, world_size, config, folder):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    trainer.load(folder)
+    return trainer.train_step()[0]["lm_loss"]
+
+
+def test_training_goes_on_from_what_was_published(tmp_path):
+    """Under any layout, and though the published config.json has another initialisation and balance loss."""
+    model = small_model(vocab_size=320, aux_loss_alpha=0.001)
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    step = from_hugging_face(tmp_path / "published", tmp_path / "checkpoints")
+    data = small_data(tmp_path)
+    mine = replace(model.config, initializer_range=0.006, aux_loss_alpha=0.0001, num_key_value_heads=None)
+    batch = TokenDataset(data, "train", fim_rate=0.1).batch(range(8), 24)
+    expected = model.losses(batch[:, :-1], batch[:, 1:], 8 * 24, 8).lm_loss.item()
+    for world, layout in ((1, {}), (2, {"pp": 2, "schedule": "dualpipe"})):
+        for loss in run_ranks(world, _first_step, config(data, model=mine, **layout), step):
+            assert loss == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(AssertionError, match=r"holds another model: its n_group is 4, but model.n_group=2"):
+        run_ranks(1, _first_step, config(data, model=replace(mine, n_group=2)), step)
 
 
 def test_another_shape_is_named(tmp_path):
