@@ -1,8 +1,7 @@
 """An exponential moving average of the parameters in CPU memory, updated behind the training step.
 
 V3 keeps one to judge the model as it would be after learning-rate decay (report, section 3.2.3), and it costs neither
-device memory
-nor time: after the optimizer's step a thread averages while the next step computes.
+device memory nor time: after the optimizer's step a thread averages while the next step computes.
 
     optimizer.step()          sources: the flat master weights of the buckets
     ema.update()              returns at once

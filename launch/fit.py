@@ -9,7 +9,6 @@ run.dir/checkpoints/     step_<n>                                               
 
 from __future__ import annotations
 
-import os
 import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from infra.distributed import World, any_rank, largest
 from infra.metrics import Metrics
 from infra.prepare import prepare_default
 from infra.token_file import read_tokenizer
+from launch.files import save
 from launch.trainer import Trainer
 
 DEFAULT_DATA = Path("data/python_stdlib")
@@ -47,19 +47,19 @@ def with_data(config: Config, world: World) -> Config:
 def open_run_folder(config: Config, settings: DictConfig, overrides: list[str]) -> None:
     """Writes config.yaml, headed by what made it, and the data's tokenizer, so that the run is whole by itself."""
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    head = f"# revision: {revision.stdout.strip() or 'unknown'}\n# overrides: {' '.join(overrides)}\n"
-    _write(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
-    _write(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
+    head = f"# revision: {_revision()}\n# overrides: {' '.join(overrides)}\n"
+    save(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
+    save(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
 
 
-def _write(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
+def _revision() -> str:
+    """Of this repository, as git describes it."""
+    words = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # a machine without git trains too
+        found = ""
+    return found or "unknown"
 
 
 def fit(trainer: Trainer) -> None:

@@ -2,7 +2,6 @@
 
     python launch/generate.py checkpoint=runs/first                        # the newest checkpoint of a run
     python launch/generate.py checkpoint=runs/first/checkpoints/step_300 prompt='import os' temperature=0.8
-    num_tokens=200
 
 The checkpoint may come from any layout: it is read onto this one process. Its run folder holds the tokenizer;
 `tokenizer=` names another one.

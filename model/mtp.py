@@ -53,9 +53,8 @@ def mtp_losses(
     divided by all T tokens (equation 24); the weight lambda / D of the sum is the caller's.
 
     Args:
-        h_BLD: the main model's state after its norm; tokens_BL, labels_BL: as the main model's, labels[i] = tokens[i
-        + 1];
-            num_tokens: of the whole global batch.
+        h_BLD: the main model's state after its norm. tokens_BL, labels_BL: as the main model's, labels[i] is
+            tokens[i + 1]. num_tokens: of the whole global batch.
     """
     losses, outputs = [], []
     for k, depth in enumerate(depths, start=1):

@@ -12,7 +12,7 @@ import pytest
 
 from infra import distributed
 from infra.prepare import PrepareConfig, prepare
-from launch import pretrain
+from launch import generate, pretrain
 from tests.launch.runs import small_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,10 @@ SMALL = [
     "train.microbatch_size=1",
     "train.eval_samples=4",
 ]
-TIMES = {"step_time", "tokens_per_second", "peak_memory_gb", "bubble"}
+TIMES = {
+    *("step_time", "tokens_per_second", "peak_memory_gb", "bubble", "pipeline_wait"),
+    *(f"comm_{what}_{kind}" for what in ("time", "exposed") for kind in ("dispatch", "combine", "gradient")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,24 @@ def test_a_run_leaves_what_it_says(unbroken):
     assert (unbroken / "checkpoints/step_12/index.json").exists()
     assert "overrides:" in (unbroken / "config.yaml").read_text()
     assert list((unbroken / "tensorboard").iterdir())
+
+
+def generated(monkeypatch, capsys, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch/generate.py"), *options])
+    generate.main()
+    return capsys.readouterr().out
+
+
+def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys):
+    options = [f"checkpoint={unbroken}", "prompt='document 7'", "num_tokens=20"]
+    greedy = generated(monkeypatch, capsys, *options, "temperature=0")
+    assert greedy.startswith("document 7")
+    assert len(greedy) > len("document 7\n")
+    assert generated(monkeypatch, capsys, *options, "temperature=0", "seed=1") == greedy
+    assert generated(monkeypatch, capsys, *options, "temperature=2", "seed=1") != greedy
+    for wrong, words in (("checkpoint=/nowhere", "neither a checkpoint nor"), ("num_tokens=0", "num_tokens=0")):
+        with pytest.raises(SystemExit, match=f"error: .*{words}"):
+            generated(monkeypatch, capsys, *options, wrong)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
