@@ -92,7 +92,9 @@ class Trainer:
         rate = lr.learning_rate(config.optim.lr, self.step, config.train.steps, share)
         sums, load_LE = self._run(self.train_data, self.samples, size, share, training=True)
         assert self.executor is not None
+        computed = time.perf_counter()
         reduce_gradients(self.replica.buckets)
+        comm_times = self._comm_times(time.perf_counter() - computed)
         norm = global_grad_norm(self.replica.buckets, self.world.size)
         clip_gradients(self.replica.buckets, norm, config.optim.clip)
         update(self.replica.buckets, self.optimizer, rate)
@@ -107,6 +109,7 @@ class Trainer:
             "step": self.step,
             **sums,
             **self.replica.dispatcher.traffic.record(self._everyone),
+            **comm_times,
             "nats_per_byte": sums["lm_loss"] / self.train_data.bytes_per_token,
             "grad_norm": norm,
             "lr": rate,
@@ -129,6 +132,21 @@ class Trainer:
         record["max_routing_bias"] = self.replica.bias_LE.abs().max().item()
         return record, histograms
 
+    def _comm_times(self, gradient: float) -> Record:
+        """Seconds a step of communication by kind, and those for which it kept a rank waiting; means over all ranks.
+
+        What is not exposed was hidden behind computing. Gradients are summed at the end, where nothing hides them.
+        `pipeline_wait` is the time in receives: travel, or work that a neighbour had not done yet - no rank can tell.
+        """
+        assert self.executor is not None
+        times = self.replica.dispatcher.times.take()
+        times |= {"comm_time_gradient": gradient, "comm_exposed_gradient": gradient}
+        times["pipeline_wait"] = self.executor.waited
+        sums = torch.tensor(list(times.values()), dtype=torch.float64)
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        return dict(zip(times, (sums / self.world.size).tolist(), strict=True))
+
     @torch.no_grad()
     def evaluate(self) -> Record:
         """Losses over the first `train.eval_samples` held-out samples, by the same executor; {} where that is 0."""
@@ -136,6 +154,7 @@ class Trainer:
         if data is None:
             return {}
         sums, _ = self._run(data, 0, self.config.train.eval_samples, share=0.0, training=False)
+        self.replica.dispatcher.times.take()  # not a training step's
         return {"eval_loss": sums["lm_loss"], "eval_nats_per_byte": sums["lm_loss"] / data.bytes_per_token}
 
     def _run(
