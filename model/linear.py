@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from infra.fp8.linear import LinearProduct
-from model.matmul import grouped_mm, grouped_outer, mm
+from model.matmul import add_mm_, grouped_mm, grouped_outer, mm
 
 Compute = Callable[[], Tensor | None]
 WeightGrad = Callable[[Tensor, Compute], Tensor | None]
@@ -38,15 +38,6 @@ def run_region(fn: Callable[..., Any], *inputs: Tensor) -> Any:
 def at_once(param: Tensor, compute: Compute) -> Tensor | None:
     """The default filling of the hole: the weight gradient is computed in the backward, as autograd would."""
     return compute()
-
-
-def accumulate_or_return(param: Tensor, grad: Tensor) -> Tensor | None:
-    """Adds `grad` to `param.main_grad` if there is one and returns None; else returns it, for autograd."""
-    main_grad = getattr(param, "main_grad", None)
-    if main_grad is None:
-        return grad
-    main_grad.add_(grad)
-    return None
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -66,7 +57,10 @@ class _LinearFunction(torch.autograd.Function):
             return dx, None, None
 
         def compute() -> Tensor | None:
-            return accumulate_or_return(weight, mm(dy_TN.t(), x_TK))
+            if not hasattr(weight, "main_grad"):
+                return mm(dy_TN.t(), x_TK)
+            add_mm_(weight.main_grad, dy_TN.t(), x_TK)
+            return None
 
         return dx, ctx.weight_grad(weight, compute), None
 

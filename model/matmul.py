@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROUND = 32  # rows of a group are rounded up to a multiple of this
-LARGE = 3_000_000  # multiply-adds of a group from which oneDNN pays in float32, in spite of its overhead per call
+LARGE = 3_000_000  # multiply-adds from which oneDNN pays in float32, in spite of its overhead per call
 
 
 def _has_onednn() -> bool:
@@ -26,11 +26,23 @@ def _has_onednn() -> bool:
 ONEDNN = _has_onednn()
 
 
+def _by_name(operand: Tensor, multiply_adds: int) -> bool:
+    """Whether a product of this size goes to oneDNN by name."""
+    return ONEDNN and operand.is_cpu and operand.dtype == torch.float32 and multiply_adds >= LARGE
+
+
 def mm(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """a @ b for two matrices of one dtype, of any strides: (M, N)."""
-    if ONEDNN and a_MK.dtype == torch.float32 and a_MK.is_cpu and a_MK.numel() and b_KN.numel():
+    if _by_name(a_MK, a_MK.numel() * b_KN.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.t(), None, "none", [], "")
     return torch.mm(a_MK, b_KN)
+
+
+def add_mm_(into_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """Adds a @ b to `into`, whose dtype may be wider."""
+    if into_MN.dtype == a_MK.dtype and not _by_name(a_MK, a_MK.numel() * b_KN.shape[1]):
+        return into_MN.addmm_(a_MK, b_KN)
+    return into_MN.add_(mm(a_MK, b_KN))
 
 
 def _takes_grouped_kernel(*operands: Tensor) -> bool:
@@ -56,7 +68,7 @@ def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor
     Returns: (R, N).
     """
     R, (E, K, N) = x_RK.shape[0], weight_EKN.shape
-    by_name = x_RK.is_cpu and x_RK.dtype == torch.float32 and ONEDNN and R * K * N >= LARGE * E
+    by_name = _by_name(x_RK, R * K * N // max(1, E))
     if not by_name and _takes_grouped_kernel(x_RK, weight_EKN, weight_EKN.mT):
         return F.grouped_mm(x_RK, weight_EKN, offs=_ends(num_tokens_per_expert_E))
     y_RN = x_RK.new_empty(R, N)
@@ -81,19 +93,15 @@ def grouped_outer(
         return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
     R, sizes = x_RK.shape[0], num_tokens_per_expert_E.tolist()
     shape = len(sizes), dy_RN.shape[1], x_RK.shape[1]
-    grad_ENK = dy_RN.new_empty(shape) if into_ENK is None else into_ENK
+    grad_ENK = dy_RN.new_zeros(shape) if into_ENK is None else into_ENK
     start = 0
     for size, grad_NK in zip(sizes, grad_ENK, strict=True):
         dy, x = dy_RN[start : start + size], x_RK[start : start + size]
-        if size and x.dtype == torch.bfloat16:  # a compiled kernel here too: zero rows leave the product as it is
-            first, rounded = _rounded(start, size, R)
+        if size and x.is_cpu and (x.dtype == torch.bfloat16 or _by_name(x, size * grad_NK.numel())):
+            first, rounded = _rounded(start, size, R)  # zero rows leave the product as it is
             dy = F.pad(dy, (0, 0, start - first, first + rounded - start - size))
             x = x_RK[first : first + rounded]
-        if into_ENK is None:
-            torch.mm(dy.t(), x, out=grad_NK)
-        elif grad_NK.dtype == x.dtype:
-            grad_NK.addmm_(dy.t(), x)
-        elif size:
-            grad_NK.add_(dy.t() @ x)
+        if size:
+            add_mm_(grad_NK, dy.t(), x)
         start += size
     return grad_ENK
