@@ -6,9 +6,9 @@ soon as its input exists, in the order dispatch(F), dispatch(B), combine(F), com
 that reads it; in between the other microbatch computes, in the order MLP(B), MLP(W), MLP(F), attention(B),
 attention(W), attention(F). A recomputation waits for no gradient, so it fills the time in which one travels.
 
-The two need not align: what a generator has not reached is passed over, and what the table does not name stands in the
-row of its likes. When one side is through, the other goes on through the table alone: its travel then hides behind its
-own weight gradients.
+The two need not align: what a generator has not reached is passed over. What the table does not name - a dense layer,
+the ends of the model - runs before its side's next row, and so puts nobody out of step. When one side is through, the
+other goes on through the table alone: its travel then hides behind its own weight gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ ORDER = (
     ("B", "attend"),
 )
 NAMES = {phase for _, phase in ORDER}
-LIKE = {"dense": "experts"}  # all else that the table does not name stands where attention does
 
 
 class Side:
@@ -55,8 +54,7 @@ class Side:
     def advance(self) -> None:
         """Runs the phase that is next; after the last one, finishes."""
         try:
-            name = next(self._phases)
-            self.next = name if name in NAMES else LIKE.get(name, "attend")
+            self.next = next(self._phases)
         except StopIteration as done:
             self.next = None
             self._finish(done.value)
@@ -71,5 +69,8 @@ def run_pair(forward: Side, backward: Side) -> None:
             if phase == "weight_grad":
                 if side.weight_grad:
                     side.weight_grad()
-            elif side.next == phase:
+                continue
+            if side.next and side.next not in NAMES:
+                side.advance()
+            if side.next == phase:
                 side.advance()

@@ -35,6 +35,23 @@ def test_two_aligned_moe_layers_run_in_the_published_order():
     assert travels == ["combine(B)", "dispatch(F)", "dispatch(B)", "combine(F)"] * 2
 
 
+def test_the_ends_of_the_model_put_nobody_out_of_step():
+    layer = ["attend", "dispatch", "shared", "experts", "combine"]
+    back = layer[::-1]
+    plain: list[str] = []
+    run_pair(_side("F", layer * 2, plain), _side("B", back * 2, plain))
+    for before, after in ((["embed"], []), ([], ["head"]), (["embed"], ["predict", "head"])):
+        log: list[str] = []
+        run_pair(_side("F", before + layer * 2, log), _side("B", after[:1] + back * 2 + after[1:], log))
+        assert [e for e in log if not e.startswith(("embed", "head", "predict"))] == plain
+
+
+def test_dense_layers_are_spread_over_the_travel_of_the_other_side():
+    log: list[str] = []
+    run_pair(_side("F", ["attend", "dispatch", "experts"], log), _side("B", ["dense"] * 3, log))
+    assert log.index("dispatch(F)") < len(log) - 1 - log[::-1].index("dense(B)") < log.index("experts(F)")
+
+
 @pytest.mark.parametrize(
     ("forward", "backward"),
     [
