@@ -1,0 +1,240 @@
+"""What every rank holds, and when: states that stay, activations that come and go with the schedule. No torch.
+
+Activations are counted tensor by tensor (`kept`): what the backward of one layer needs of one token, under a recompute
+setting and a precision. V3 (report, sections 3.2.3 and 3.3.3) keeps inputs of linear layers in FP8, the one after
+attention in 12 bits (E5M6), SwiGLU's inputs in FP8, and computes norms, up-projections of attention and SwiGLU again:
+that is `selective` with fp8. `full` keeps a layer's input, and what came from other ranks, and computes the rest again.
+
+When an activation lives is the schedule's affair: from its F to its B, or part of it to its W where the backward is
+split. The order of a rank's program alone decides the peak, so nothing is timed here.
+
+Estimates, and named so: `workspace` (temporaries of the layer at hand), `buffers` (of dispatch and combine) and
+`margin` (context, communicators, fragmentation). All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from model.config import ModelConfig
+from parallel.pipeline.actions import Op, Schedule
+from parallel.plan.cost import SCALED
+from parallel.plan.counts import StateBytes, state_bytes
+from parallel.plan.layout import RECOMPUTES, Layout, schedule_of
+from parallel.plan.step import StepModel
+
+E5M6 = 1.5 + 4 / 128
+CONTEXT = 2.0e9  # CUDA context, NCCL's and NVSHMEM's own buffers: an assumption
+FRAGMENTATION = 0.03  # of all else that the allocator hands out: an assumption
+STEADY = 4  # times pp microbatches: where every schedule but gpipe has reached its peak
+
+
+class Kept(NamedTuple):
+    """A tensor that waits for the backward: bytes a token, and whether the weight gradient still needs it."""
+
+    name: str
+    bytes_per_token: float
+    for_weights: bool
+
+
+def kept(model: ModelConfig, precision: str, recompute: str, is_moe: bool) -> list[Kept]:
+    """What one layer keeps of one token between its forward and its backward."""
+    m, D, K = model, model.hidden_size, model.num_experts_per_tok
+    heads, fp8 = m.num_attention_heads, precision == "fp8"
+    operand = SCALED if fp8 else 2.0
+    inner = m.moe_intermediate_size
+    rows = [
+        Kept("layer input", 2 * D, False),
+        *([Kept("rows received", operand * K * D, True), Kept("routing", 12.0 * K, False)] if is_moe else []),
+    ]
+    if recompute == "full":
+        # dispatch and experts are phases of their own, so the second norm's output and the residual stay
+        return rows + ([Kept("residual", 2 * D, False), Kept("experts' input", 2 * D, True)] if is_moe else [])
+    rows += [
+        Kept("compressed queries", 2.0 * (m.q_lora_rank or 0), False),
+        Kept("compressed keys and values", 2.0 * (m.kv_lora_rank + m.qk_rope_head_dim), False),
+        Kept("attention output", (E5M6 if fp8 else 2.0) * heads * m.v_head_dim, True),
+        Kept("softmax statistics", 4.0 * heads, False),
+        Kept("residual", 2 * D, False),
+        Kept("router scores", 4.0 * m.n_routed_experts if is_moe else 0.0, False),
+    ]
+    if is_moe:
+        rows.append(Kept("experts' SwiGLU input", operand * K * 2 * inner, False))
+        rows.append(Kept("shared SwiGLU input", operand * m.n_shared_experts * 2 * inner, False))
+    else:
+        rows.append(Kept("SwiGLU input", operand * 2 * m.intermediate_size, False))
+    if recompute == "none":
+        width = (K + m.n_shared_experts) * inner if is_moe else m.intermediate_size
+        rows += [
+            Kept("norm outputs", operand * (2 * D + (m.q_lora_rank or 0) + m.kv_lora_rank), True),
+            Kept("queries, keys, values", 2.0 * heads * (2 * m.qk_head_dim + m.v_head_dim), False),
+            Kept("SwiGLU output", operand * width, True),
+        ]
+    return rows
+
+
+def gradients_kept(model: ModelConfig, precision: str, is_moe: bool) -> float:
+    """Bytes a token that wait from I to W beside the kept activations: output gradients of all linear layers, and those
+    of their inputs that `selective` and `full` have computed again by then."""
+    m, operand = model, SCALED if precision == "fp8" else 2.0
+    heads, inner = m.num_attention_heads, m.moe_intermediate_size
+    up = heads * (m.qk_head_dim + m.qk_nope_head_dim + m.v_head_dim) + (m.q_lora_rank or 0) + m.kv_lora_rank
+    attention = up + (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim + 2 * m.hidden_size
+    if not is_moe:
+        return operand * (attention + m.hidden_size + 3 * m.intermediate_size)
+    copies = m.num_experts_per_tok + m.n_shared_experts
+    return operand * (attention + copies * (m.hidden_size + 3 * inner))
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank at its fullest moment; `host` is on its node's memory."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    workspace: float
+    margin: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
+
+    def as_gb(self) -> dict[str, float]:
+        return {name: value / 1e9 for name, value in asdict(self).items()}
+
+
+@dataclass
+class MemoryModel:
+    """Memory of the layouts that `step` times; what layouts share is computed once. ema: kept, in host memory."""
+
+    step: StepModel
+    ema: bool = True
+
+    def stage_bytes(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """[stage]: what a microbatch keeps from F to I or B, and what of it (with gradients) from I to W."""
+        model, tokens = self.step.model, self.step.sequence_length * layout.microbatch_size
+        forward, late = [], []
+        for is_moe in (False, True):
+            tensors = kept(model, layout.precision, layout.recompute, is_moe)
+            forward.append(tokens * sum(t.bytes_per_token for t in tensors))
+            gradients = gradients_kept(model, layout.precision, is_moe)
+            late.append(tokens * (gradients + sum(t.bytes_per_token for t in tensors if t.for_weights)))
+        split = self.step.split(layout.num_stages)
+        is_moe_of = [[int(n >= model.first_k_dense_replace) for n in layers] for layers in split]
+        forward_S, late_S = (np.array([sum(table[k] for k in s) for s in is_moe_of]) for table in (forward, late))
+        last = 2.0 * tokens * model.hidden_size * (1 + model.num_nextn_predict_layers)
+        forward_S[-1] += 2 * last  # the head's input, and its gradient until the backward
+        late_S[-1] += last
+        return forward_S, late_S
+
+    def activations(self, layout: Layout, global_batch_size: int) -> np.ndarray:
+        """[pipeline rank]: the most bytes of activations held at once."""
+        M = layout.num_microbatches(global_batch_size)
+        if layout.schedule != "gpipe":
+            M = min(M, STEADY * layout.pp + M % 2)
+        key = ("activations", layout.schedule, layout.pp, M, layout.precision, layout.recompute, layout.microbatch_size)
+        cache = self.step.cache
+        if key not in cache:
+            schedule = schedule_of(layout.schedule, layout.pp, M)
+            cache[key] = np.array([curve.max() for curve in curves(schedule, *self.stage_bytes(layout))])
+        return cache[key]
+
+    def states(self, layout: Layout) -> list[StateBytes]:
+        """Of every pipeline rank: what stays."""
+        key = (
+            "states", layout.world, layout.pp, layout.ep, layout.schedule, layout.precision, layout.zero_stage, self.ema
+        )  # fmt: skip
+        cache = self.step.cache
+        if key not in cache:
+            cache[key] = [
+                state_bytes(groups, layout.precision, layout.zero_stage, self.step.moments, self.ema)
+                for groups in self.step.groups(layout)
+            ]
+        return cache[key]
+
+    def rank(self, layout: Layout, global_batch_size: int, pp_rank: int) -> RankMemory:
+        """Of one pipeline rank."""
+        states, held = self.states(layout)[pp_rank], float(self.activations(layout, global_batch_size)[pp_rank])
+        buffers, workspace = self._buffers(layout), self._workspace(layout)
+        known = states.total + held + buffers + workspace
+        context = CONTEXT if self.step.cluster.node_gbs > 1 else 0.0
+        return RankMemory(
+            states.weights, states.gradients, states.optimizer, held, buffers, workspace,
+            context + FRAGMENTATION * known, states.ema_host,
+        )  # fmt: skip
+
+    def fullest_rank(self, layout: Layout, global_batch_size: int) -> int:
+        """The pipeline rank that holds most; all else is the same on every rank."""
+        held = self.activations(layout, global_batch_size).tolist()
+        totals = [states.total + one for states, one in zip(self.states(layout), held, strict=True)]
+        return totals.index(max(totals))
+
+    def fullest(self, layout: Layout, global_batch_size: int) -> RankMemory:
+        return self.rank(layout, global_batch_size, self.fullest_rank(layout, global_batch_size))
+
+    def over_time(self, layout: Layout, global_batch_size: int, pp_rank: int) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds, bytes): from each moment of a step on, so many bytes of activations on a pipeline rank."""
+        schedule, start_S, end_S = self.step.replayed(layout, global_batch_size)
+        rank_R1, slot_S1, actions_A3 = schedule.columns
+        slots = slice(rank_R1[pp_rank], rank_R1[pp_rank + 1])
+        rows = slice(slot_S1[slots.start], slot_S1[slots.stop])
+        sizes = np.diff(slot_S1)[slots]
+        is_forward = actions_A3[rows, 1] == Op.F
+        seconds = np.where(is_forward, np.repeat(start_S[slots], sizes), np.repeat(end_S[slots], sizes))
+        held = list(curves(schedule, *self.stage_bytes(layout)))[pp_rank]
+        order = np.argsort(seconds, kind="stable")
+        return seconds[order], np.cumsum(np.diff(held, prepend=0.0)[order])
+
+    def _buffers(self, layout: Layout) -> float:
+        """Rows under way: received ones and those to combine, of both microbatches of a pair."""
+        if layout.ep == 1:
+            return 0.0
+        model = self.step.model
+        rows = self.step.sequence_length * layout.microbatch_size * model.num_experts_per_tok
+        operand = SCALED if layout.precision == "fp8" else 2.0
+        microbatches = 2 if layout.overlap and layout.schedule.startswith("dualpipe") else 1
+        return microbatches * rows * model.hidden_size * (operand + 2.0)
+
+    def _workspace(self, layout: Layout) -> float:
+        """Temporaries of the layer at hand: what recomputing makes, its gradient, and a chunk of logits."""
+        model, tokens = self.step.model, self.step.sequence_length * layout.microbatch_size
+        key = "workspace"
+        if key not in self.step.cache:
+            self.step.cache[key] = sum(t.bytes_per_token for t in kept(model, "bf16", "none", True))
+        whole = self.step.cache[key]
+        return tokens * whole + 4.0 * 2**24
+
+
+def curves(schedule: Schedule, forward_S: np.ndarray, late_S: np.ndarray) -> Iterator[np.ndarray]:
+    """Bytes held after every action of each rank's program. In a pair, F allocates before the backward frees."""
+    rank_R1, slot_S1, actions_A3 = schedule.columns
+    stage_A, op_A = actions_A3[:, 0], actions_A3[:, 1]
+    delta = np.stack((forward_S, -forward_S, late_S - forward_S, -late_S))
+    delta_A = delta[op_A, stage_A]
+    for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
+        yield np.cumsum(delta_A[first:end])
+
+
+def smallest_change(memory: MemoryModel, layout: Layout, global_batch_size: int) -> tuple[Layout, RankMemory] | None:
+    """The first single change that makes the layout fit, from what costs least time to what costs most; None: none."""
+    limit = 1e9 * memory.step.cluster.memory_gb
+    later = RECOMPUTES[RECOMPUTES.index(layout.recompute) + 1 :]
+    changes = [{"zero_stage": 1}, *({"recompute": r} for r in later), {"precision": "fp8"}]
+    changes += [{"microbatch_size": b} for b in (4, 2, 1) if b < layout.microbatch_size]
+    changes += [{"zero_stage": 1, "recompute": r} for r in later]
+    for change in changes:
+        other = replace(layout, **change)  # type: ignore[arg-type]
+        if other == layout or (other.precision == "fp8" and not memory.step.cluster.fp8_tflops):
+            continue
+        fullest = memory.fullest(other, global_batch_size)
+        if fullest.total <= limit:
+            return other, fullest
+    return None

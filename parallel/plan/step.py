@@ -1,0 +1,229 @@
+"""How long a step takes: stages from layers, the schedule replayed exactly, then gradients summed and weights updated.
+
+The terms are those that the published step is told in (ISCA paper, table 4), seconds of the mean rank:
+
+    forward, backward, weight   what runs alone      pair   overlapped F&B      bubble   idle
+    reduce    gradients summed over copies, new weights gathered        update   the optimizer's own work
+
+`simulate` replays the very schedule; `estimate` is its closed form, a few thousand a second, which chooses what is
+worth replaying. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from infra.hardware import ClusterConfig
+from model.config import ModelConfig
+from parallel.pipeline.actions import Op, Schedule
+from parallel.pipeline.dualpipe import phase_counts
+from parallel.pipeline.replay import replay
+from parallel.pipeline.split import split_layers
+from parallel.plan.cost import Kernels, LayerTimes, pair_time
+from parallel.plan.counts import Group, rank_groups
+from parallel.plan.layout import Layout, schedule_of
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of the mean rank; `total` is the step. Adds up by construction."""
+
+    forward: float
+    backward: float
+    weight: float
+    pair: float
+    bubble: float
+    reduce: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+class StageTimes(NamedTuple):
+    """single [op, stage], pair [0: with B, 1: with I; stage of F; stage of the backward], send: seconds."""
+
+    single: np.ndarray
+    pair: np.ndarray
+    send: float
+    mean_f: float  # over stages, as those below
+    mean_i: float
+    mean_w: float
+    mean_pair: float
+    uneven: float  # the most loaded rank over the mean one
+
+
+@dataclass
+class StepModel:
+    """Times of the steps of one model on one cluster; what layouts share is computed once.
+
+    moments: dtype of the optimizer's moments. imbalance: a factor on everything that computes or travels, 1 unless it
+    is fitted, and then a plan says so.
+    """
+
+    model: ModelConfig
+    cluster: ClusterConfig
+    sequence_length: int = 4096
+    moments: str = "bf16"
+    imbalance: float = 1.0
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # by what an answer depends on
+
+    def layers(self, layout: Layout) -> tuple[Kernels, LayerTimes, LayerTimes]:
+        """The kernels of a layout, a layer with experts, and a dense one."""
+        key = (layout.ep, layout.dispatcher, layout.microbatch_size, layout.precision, layout.recompute, layout.world)
+        if key not in self.cache:
+            kernels = Kernels(self.model, self.cluster, layout, self.sequence_length)
+            self.cache[key] = kernels, kernels.layer(True), kernels.layer(False)
+        return self.cache[key]
+
+    def stages(self, layout: Layout) -> StageTimes:
+        overlap = layout.overlap and layout.schedule.startswith("dualpipe")
+        key = (
+            "stages", layout.schedule, layout.pp, layout.ep, layout.dispatcher, layout.microbatch_size,
+            layout.precision, layout.recompute, layout.world, overlap,
+        )  # fmt: skip
+        if key not in self.cache:
+            self.cache[key] = self._stages(layout, overlap)
+        return self.cache[key]
+
+    def _stages(self, layout: Layout, overlap: bool) -> StageTimes:
+        kernels, moe, dense = self.layers(layout)
+        send = kernels.send() if layout.pp > 1 else 0.0
+        split = self.split(layout.num_stages)
+        num_dense_S = np.array([sum(n < self.model.first_k_dense_replace for n in layers) for layers in split])
+        num_moe_S = np.array([len(layers) for layers in split]) - num_dense_S
+        f, i, w = (
+            num_moe_S * getattr(moe, name) + num_dense_S * getattr(dense, name)
+            for name in ("forward", "input_grad", "weight_grad")
+        )
+        depths = self.model.num_nextn_predict_layers
+        f[0], w[0] = f[0] + kernels.embedding(), w[0] + kernels.embedding()
+        for times, head, join in zip((f, i, w), kernels.head(), kernels.join(), strict=True):
+            times[-1] += (1 + depths) * head + depths * join
+        single = np.stack((f, i + w, i, w))
+        pair = np.stack((f[:, None] + single[1], f[:, None] + single[2]))
+        if overlap and moe.dispatch:  # as many layers with experts as both stages have overlap; the rest runs alone
+            shared_SS = np.minimum(num_moe_S[:, None], num_moe_S)
+            for k, is_split in enumerate((False, True)):
+                alone = moe.forward + moe.input_grad + (0.0 if is_split else moe.weight_grad)
+                quiet, sending = (pair_time(moe, moe, self.cluster.sm_contention, s, is_split) for s in (0.0, 2 * send))
+                pair[k] += shared_SS * (quiet - alone) + (shared_SS > 0) * (sending - quiet)
+        single, pair = self.imbalance * single, self.imbalance * pair
+        mean_f, mean_i, mean_w = (float(single[k].mean()) for k in (Op.F, Op.I, Op.W))
+        uneven = _unevenness(layout, f + i + w)
+        return StageTimes(single, pair, send, mean_f, mean_i, mean_w, float(pair[0].mean()), uneven)
+
+    def uncovered(self, layout: Layout) -> list[str]:
+        """Shapes of matrix products of this layout that no measured rate is near."""
+        cluster = replace(self.cluster)  # which has answered nothing yet
+        kernels = Kernels(self.model, cluster, layout, self.sequence_length)
+        kernels.layer(True), kernels.layer(False), kernels.head(), kernels.join()
+        return cluster.uncovered()
+
+    def split(self, num_stages: int) -> list[list[int]]:
+        """The layers of each stage, as a run lays them."""
+        key = ("split", num_stages)
+        if key not in self.cache:
+            self.cache[key] = split_layers(self.model, num_stages)
+        return self.cache[key]
+
+    def replayed(self, layout: Layout, global_batch_size: int) -> tuple[Schedule, np.ndarray, np.ndarray]:
+        """The very schedule, and when each of its slots starts and ends: exact, given the times of the stages. Results
+        leave when slots end."""
+        schedule = schedule_of(layout.schedule, layout.pp, layout.num_microbatches(global_batch_size))
+        times = self.stages(layout)
+        duration_S = slot_seconds(schedule, times)
+        sizes = np.diff(schedule.columns.slot_S1)
+        start_S, *_ = replay(schedule, duration_S, np.repeat(duration_S, sizes), times.send)
+        return schedule, start_S, start_S + duration_S
+
+    def simulate(self, layout: Layout, global_batch_size: int) -> StepTime:
+        """The step in its terms, from the replayed schedule."""
+        schedule, start_S, end_S = self.replayed(layout, global_batch_size)
+        duration_S, length = end_S - start_S, float(end_S.max())
+        _, slot_S1, actions_A3 = schedule.columns
+        first = slot_S1[:-1]
+        stage_S, kind_S = actions_A3[first, 0], np.where(np.diff(slot_S1) == 2, 4, actions_A3[first, 1])
+        sums = np.bincount(kind_S, duration_S, minlength=5) / schedule.num_ranks
+        forward, full, inputs, weights, pairs = map(float, sums)
+        weight_of_full = self.stages(layout).single[Op.W, stage_S[kind_S == Op.B]]
+        of_full = float(weight_of_full.sum()) / schedule.num_ranks
+        reduce, update = self.optimizer(layout)
+        bubble = length - float(sums.sum())
+        return StepTime(forward, full - of_full + inputs, weights + of_full, pairs, bubble, reduce, update)
+
+    def estimate(self, layout: Layout, global_batch_size: int) -> float:
+        """Seconds of a step in closed form: the work of the mean rank and the published formula of the bubble."""
+        times, M, pp = self.stages(layout), layout.num_microbatches(global_batch_size), layout.pp
+        per_rank = layout.num_stages // pp
+        f, i, w = times.mean_f * per_rank, times.mean_i * per_rank, times.mean_w * per_rank
+        work = M * (f + i + w)
+        if layout.schedule.startswith("dualpipe"):
+            half, each = (pp, M) if layout.schedule == "dualpipev" else (pp // 2, M // 2)
+            _, _, _, main, late, *_ = phase_counts(half, half // 2, max(each, 2 * half))
+            pairs = max(0, 2 * main + late - 2 * max(0, 2 * half - each))
+            work -= pairs * (times.mean_f + times.mean_i + times.mean_w - times.mean_pair)
+            bubble = (half - 1) * (times.mean_pair + times.mean_i - 2 * times.mean_w)
+        else:
+            share = {"interleaved_1f1b": (f + i + w) / 2, "zb1p": f + i - w, "zbv": (f + i - 2 * w) / 2}
+            bubble = (pp - 1) * share.get(layout.schedule, f + i + w)
+        return work * times.uneven + max(0.0, bubble) + sum(self.optimizer(layout))
+
+    def groups(self, layout: Layout) -> list[list[Group]]:
+        key = ("groups", layout.pp, layout.ep, layout.schedule, layout.world)
+        if key not in self.cache:
+            num_microbatches = 2 * layout.pp  # placement does not depend on it
+            schedule = schedule_of(layout.schedule, layout.pp, num_microbatches)
+            self.cache[key] = rank_groups(self.model, layout.mesh, schedule, self.split(layout.num_stages))
+        return self.cache[key]
+
+    def optimizer(self, layout: Layout) -> tuple[float, float]:
+        """(reduce, update): seconds on the slowest rank."""
+        key = ("optimizer", layout.pp, layout.ep, layout.schedule, layout.world, layout.zero_stage)
+        if key not in self.cache:
+            reduce = max(sum(self._collective(g, layout.zero_stage) for g in groups) for groups in self.groups(layout))
+            moment = {"fp32": 4, "bf16": 2}[self.moments]
+            each = 4 + 8 + 4 * moment + 2  # gradient read, master and two moments read and written, weight written
+            update = max(
+                sum(g.num_params / (g.copies if layout.zero_stage else 1) for g in groups)
+                for groups in self.groups(layout)
+            )
+            self.cache[key] = reduce, self.cluster.stream(each * update)
+        return self.cache[key]
+
+    def _collective(self, group: Group, zero_stage: int) -> float:
+        """Seconds to sum FP32 gradients over the copies; ZeRO-1 then gathers BF16 weights, else FP32 sums.
+
+        Reduce-scatter inside each node, then between nodes on the part that is left; gathering goes the other way.
+        """
+        inside, outside = group.inside, group.outside
+        per_byte = (inside - 1) / inside / (1e9 * self.cluster.node_gbs)
+        per_byte += (outside - 1) / outside / inside / (1e9 * self.cluster.network_gbs)
+        return group.num_params * (4 + (2 if zero_stage else 4)) * per_byte
+
+
+def slot_seconds(schedule: Schedule, times: StageTimes) -> np.ndarray:
+    """How long every slot takes."""
+    _, slot_S1, actions_A3 = schedule.columns
+    first, size = slot_S1[:-1], np.diff(slot_S1)
+    stage, op = actions_A3[first, 0], actions_A3[first, 1]
+    duration_S = times.single[op, stage]
+    pairs = np.flatnonzero(size == 2)
+    forward, backward = first[pairs], first[pairs] + 1
+    duration_S[pairs] = times.pair[
+        (actions_A3[backward, 1] == Op.I).astype(int), actions_A3[forward, 0], actions_A3[backward, 0]
+    ]
+    return duration_S
+
+
+def _unevenness(layout: Layout, work_S: np.ndarray) -> float:
+    """The most loaded rank over the mean one, from the work of each stage."""
+    if layout.schedule in ("zbv", "dualpipev", "dualpipe"):
+        work_S = work_S + work_S[::-1]
+    elif layout.schedule == "interleaved_1f1b":
+        work_S = work_S[: layout.pp] + work_S[layout.pp :]
+    return float(work_S.max() / work_S.mean())

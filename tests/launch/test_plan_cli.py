@@ -1,0 +1,111 @@
+"""The command line of the planner: what it prints, what it writes, what it refuses."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from conf.schema import register
+from launch import plan as cli
+from parallel.config import ParallelConfig
+
+Run = Callable[..., tuple[str, str]]
+SMALL = ("model=debug", "cluster=laptop", "train.global_batch_size=16", "data.sequence_length=256", "train.tokens=1e8")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `plan.py` with these words in an empty folder; returns (what it printed, what it refused)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+        refused = ""
+        try:
+            cli.main()
+        except SystemExit as stop:
+            refused = str(stop.code)
+        return capsys.readouterr().out, refused
+
+    return run
+
+
+def test_it_prints_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    printed, refused = run(*SMALL, "exact=20", "memory=true")
+    assert refused == ""
+    assert re.search(r"[\d,]+ legal layouts, [\d,]+ fit 4 GB, 20 of them replayed", printed)
+    for part in ("one word away from the winner", "Pareto front", "GPU-hours", "activations over the step"):
+        assert part in printed
+    assert "note: kernel rates were measured on H800 and are scaled to CPU by its peaks" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_hold_every_row_and_lines_that_pretrain_composes(run: Run, tmp_path: Path) -> None:
+    assert run(*SMALL, "exact=40", "out=plan")[1] == ""
+    plan = json.loads((tmp_path / "plan/plan.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "plan/plan.csv").open()))
+    assert len(plan["rows"]) == len(rows) == 40
+    assert [row["line"] for row in rows] == [row["line"] for row in plan["rows"]]
+    assert "<table>" in (tmp_path / "plan/plan.html").read_text()
+    register()
+    composed = 0
+    known = {field.name for field in fields(ParallelConfig)}
+    for row in plan["rows"]:
+        assert sum(row["terms"].values()) == pytest.approx(row["step_time"])
+        words = row["line"].split()
+        if any("recompute" in word for word in row["missing"]):
+            continue
+        words = [w for w in words if not (w.startswith("parallel.") and w[9:].partition("=")[0] not in known)]
+        with initialize_config_module("conf", version_base="1.3"):
+            config = OmegaConf.to_object(compose("pretrain", words))
+        assert config.train.global_batch_size == 16  # type: ignore[union-attr]
+        composed += 1
+    assert composed >= 5
+
+
+def test_a_row_names_the_words_that_pretrain_lacks(run: Run, tmp_path: Path) -> None:
+    run(*SMALL, "exact=5", "parallel.recompute=selective", "out=plan")
+    missing = json.loads((tmp_path / "plan/plan.json").read_text())["rows"][0]["missing"]
+    from parallel.config import RECOMPUTE
+
+    assert ("parallel.recompute=selective" in missing) == ("selective" not in RECOMPUTE)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("precision=bf16", "parallel.ep=3"), "ep=3 does not divide .* parallel.ep=2 or parallel.ep=4"),
+        (("parallel.schedule=2f2b",), "parallel.schedule=2f2b: expected one of gpipe"),
+        (("precision=fp32",), "precision=fp32: expected one of bf16, fp8"),
+        (("train.global_batch_size=17", "parallel.pp=2"), "global_batch_size=17 does not divide .* parallel.pp=4"),
+        (("parallel.pp=3",), "pp=3 does not divide world=4: .* parallel.pp=2 or parallel.pp=4"),
+        (("cluster.memory_gb=0.01",), "none of .* layouts fits 0.01 GB"),
+        (("parallel.schedul=3",), "parallel.schedul: no such option; did you mean parallel.schedule"),
+        (("exact=0",), "exact=0: must be at least 1"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(run: Run, words: tuple[str, ...], line: str) -> None:
+    _, refused = run(*SMALL, *words)
+    assert re.search(line, refused), refused
+    assert "\n" not in refused.strip()
+
+
+def test_a_sparkline_shows_the_most_of_each_part() -> None:
+    seconds = np.arange(8.0)
+    assert cli.sparkline(seconds, np.array([0, 1, 2, 3, 4, 5, 6, 7.0]), width=7) == "▂▃▄▅▆▇█"
+    assert cli.sparkline(seconds, np.array([7, 0, 0, 0, 0, 0, 0, 0.0]), width=7)[0] == "█"
+
+
+def test_the_planner_imports_no_torch() -> None:
+    check = "import sys, launch.plan, launch.validate; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).resolve().parents[2])
