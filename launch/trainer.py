@@ -154,7 +154,8 @@ class Trainer:
         if data is None:
             return {}
         sums, _ = self._run(data, 0, self.config.train.eval_samples, share=0.0, training=False)
-        self.replica.dispatcher.times.take()  # not a training step's
+        self.replica.dispatcher.times.take()  # these two are a training step's; they start anew
+        self.replica.dispatcher.traffic.record()
         return {"eval_loss": sums["lm_loss"], "eval_nats_per_byte": sums["lm_loss"] / data.bytes_per_token}
 
     def _run(
@@ -168,8 +169,8 @@ class Trainer:
         tokens_MBL = data.batch(indexes, length).to(self.world.device)
         documents = None
         if config.data.document_mask:
-            ids = [[data.document_ids(i, length) for i in row] for row in indexes.tolist()]
-            documents = torch.tensor(ids, device=self.world.device)
+            ids = [[torch.from_numpy(data.document_ids(i, length)) for i in row] for row in indexes.tolist()]
+            documents = torch.stack([torch.stack(row) for row in ids]).to(self.world.device)
         is_late = share >= config.train.mtp_late_share
         mtp_weight = config.train.mtp_loss_weight_late if is_late else config.train.mtp_loss_weight
         weights = {
@@ -270,7 +271,7 @@ def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:
 def _check_batches(train: TrainConfig, make_schedule: Callable[[int], Schedule], dp: int) -> None:
     """Raises ValueError naming the option whose batch does not divide, or is too small for the schedule."""
     sizes = {"train.global_batch_size": train.global_batch_size, "train.eval_samples": train.eval_samples}
-    if train.batch_ramp:
+    if train.batch_ramp.start:
         sizes["train.batch_ramp.start"] = train.batch_ramp.start
         sizes["train.batch_ramp.multiple_of"] = train.batch_ramp.multiple_of
     unit = train.microbatch_size * dp
@@ -284,4 +285,7 @@ def _check_batches(train: TrainConfig, make_schedule: Callable[[int], Schedule],
             try:
                 make_schedule(size // unit)
             except ValueError as error:
-                raise ValueError(f"{error} ({name}={size})") from None
+                raise ValueError(
+                    f"{error} ({name}={size} makes {size // unit} microbatches of train.microbatch_size="
+                    f"{train.microbatch_size} on each of dp={dp} pipelines)"
+                ) from None

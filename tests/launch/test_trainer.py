@@ -14,7 +14,10 @@ from model.transformer import Transformer, init_model_
 from tests.launch.runs import config, small_data, train
 from tests.ranks import run_ranks
 
-TIMES = {"step_time", "tokens_per_second", "peak_memory_gb", "bubble"}
+TIMES = {
+    *("step_time", "tokens_per_second", "peak_memory_gb", "bubble", "pipeline_wait"),
+    *(f"comm_{part}_{kind}" for part in ("time", "exposed") for kind in ("dispatch", "combine", "gradient")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,20 @@ def test_resume_is_bit_identical_in_a_ramp_and_a_cosine_under_a_pipeline(data, t
         assert {k: v for k, v in after.items() if k not in TIMES} == {k: v for k, v in before.items() if k not in TIMES}
     assert len({record["batch_size"] for record in unbroken[0]}) > 1
     assert len({record["lr"] for record in unbroken[0]}) > 1
+
+
+def _bytes_around_an_evaluation(rank, world_size, config):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    before = trainer.train_step()[0]
+    trainer.evaluate()
+    after = trainer.train_step()[0]
+    return [r["dispatch_bytes_within_nodes"] for r in (before, after)]
+
+
+def test_an_evaluation_is_not_counted_as_the_next_steps_traffic(data):
+    settings = config(data, ep=2, dispatcher="all_to_all", force_balance=True)
+    for before, after in run_ranks(2, _bytes_around_an_evaluation, settings):
+        assert before == after > 0
 
 
 def _peak(rank, world_size, config):
