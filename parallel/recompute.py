@@ -119,6 +119,8 @@ class Regions:
         outputs = region.run()
         self._tape.regions.append(region)
         for index, output in enumerate(_as_tuple(outputs)):
+            if not output.numel():
+                continue  # all empty tensors lie at address 0
             self._tape.outputs[output.untyped_storage().data_ptr()] = (region, index, output)
         return outputs
 

@@ -74,3 +74,14 @@ def test_a_reused_address_is_not_mistaken_for_an_output():
     forward().backward()
     assert torch.equal(got[0], x.grad)
     assert torch.equal(got[1], w.grad)
+
+
+def test_an_empty_output_is_not_mistaken_for_another_empty_tensor():
+    """Experts without tokens: rows and the indices of rows all lie at address 0."""
+    regions = Regions()
+    x = torch.empty(0, 8, requires_grad=True)
+    with regions.recording() as tape:
+        y = regions(torch.tanh, x).index_select(0, torch.empty(0, dtype=torch.int64))
+    tape.rerun()
+    y.sum().backward()
+    assert x.grad.shape == (0, 8)
