@@ -5,7 +5,9 @@ first-in first-out channel, and the lowered schedule names the same order on bot
 traffic to lower ranks travel in two process groups, so that under NCCL a send never queues behind a receive whose
 partner is not ready.
 
-What crosses each stage border - shape and dtype - is negotiated once, before the first step.
+What crosses each stage border - shape and dtype - is negotiated once, before the first step, and sent back: under NCCL
+the first message on a channel halts both hosts until both have come to it, so every channel is opened there, both ways.
+A receive that was posted ahead would otherwise keep its rank from computing what the sender is waiting for.
 """
 
 from __future__ import annotations
@@ -69,10 +71,13 @@ class P2P:
                     shape, dtype = outputs[stage]
                     header = [_DTYPES.index(dtype), len(shape), *shape]
                     header += [0] * (_HEADER - len(header))
-                    dist.send(torch.tensor(header, device=self.device), self._ranks[dst], group=self._group(dst))
+                    sent = torch.tensor(header, device=self.device)
+                    dist.send(sent, self._ranks[dst], group=self._group(dst))
+                    dist.recv(sent, self._ranks[dst], group=self._group(dst, receiving=True))
                 elif dst == self._rank:
                     received = torch.zeros(_HEADER, dtype=torch.int64, device=self.device)
                     dist.recv(received, self._ranks[src], group=self._group(src, receiving=True))
+                    dist.send(received, self._ranks[src], group=self._group(src))
                     code, num_dims, *dims = received.tolist()
                     inputs[stage + 1] = Spec(tuple(dims[:num_dims]), _DTYPES[code])
         return inputs

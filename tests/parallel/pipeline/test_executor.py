@@ -85,6 +85,37 @@ def test_executed_order_and_peak_live_are_the_simulated(pp):
             assert peak == timeline.peak_live(rank), (name, n, rank)
 
 
+class Recording(P2P):
+    """Notes which channels are used: with NCCL each first use of one waits for the peer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.used = set()
+
+    def _group(self, peer, receiving=False):
+        group = super()._group(peer, receiving)
+        self.used.add((group is self._up, peer))
+        return group
+
+
+def first_uses(rank, world, names):
+    result = {}
+    for name in names:
+        schedule = SCHEDULES[name](world, 2 * world)
+        stages = {s: Counting([0]) for s in schedule.stages_of(rank)}
+        p2p = Recording(range(world), rank, dist.new_group(), dist.new_group(), CPU)
+        executor = Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p)
+        before = set(p2p.used)
+        executor.step()
+        result[name] = p2p.used - before
+    return result
+
+
+def test_no_channel_is_first_used_in_a_step():
+    for rank in run_ranks(4, first_uses, ["1f1b", "interleaved_1f1b", "zbv", "dualpipe"]):
+        assert not any(rank.values()), rank
+
+
 # Bytes
 
 
