@@ -47,7 +47,7 @@ class TrainConfig:
     steps: int = 100
     global_batch_size: int = 16
     microbatch_size: int = 1
-    batch_ramp: BatchRampConfig | None = None
+    batch_ramp: BatchRampConfig = field(default_factory=lambda: BatchRampConfig(start=0))  # 0: none
     seed: int = 0
     mtp_loss_weight: float = 0.3  # lambda, for the first 10 of 14.8 T tokens
     mtp_loss_weight_late: float = 0.1

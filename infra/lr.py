@@ -48,17 +48,18 @@ class LRConfig:
 @dataclass
 class BatchRampConfig:
     """The batch grows linearly with the samples seen, from `start` sequences to train.global_batch_size, over the first
-    `share` of the run; always a multiple of `multiple_of`, so that every step divides into microbatches."""
+    `share` of the run; always a multiple of `multiple_of`, so that every step divides into microbatches. `start=0`: no
+    ramp."""
 
     start: int = 3072
     share: float = 0.469 / 14.8
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.multiple_of < 1 or self.start < 1 or self.start % self.multiple_of:
+        if self.multiple_of < 1 or self.start < 0 or self.start % self.multiple_of:
             raise ValueError(
                 f"train.batch_ramp.start={self.start} must be a positive multiple of "
-                f"train.batch_ramp.multiple_of={self.multiple_of}"
+                f"train.batch_ramp.multiple_of={self.multiple_of}, or 0 for no ramp"
             )
         if not 0 <= self.share <= 1:
             raise ValueError(f"train.batch_ramp.share={self.share} must lie between 0 and 1")
@@ -79,7 +80,7 @@ def learning_rate(config: LRConfig, step: int, num_steps: int, share: float) -> 
 
 def check_ramp(global_batch_size: int, ramp: BatchRampConfig | None) -> None:
     """ValueError if the ramp does not lead up to the global batch."""
-    if ramp and (ramp.start > global_batch_size or global_batch_size % ramp.multiple_of):
+    if ramp and ramp.start and (ramp.start > global_batch_size or global_batch_size % ramp.multiple_of):
         raise ValueError(
             f"train.global_batch_size={global_batch_size} must be at least train.batch_ramp.start={ramp.start} and a "
             f"multiple of train.batch_ramp.multiple_of={ramp.multiple_of}"
@@ -93,7 +94,7 @@ def total_samples(num_steps: int, global_batch_size: int, ramp: BatchRampConfig 
     S (s ln(B / b) / (B - b) + (1 - s) / B); the real batches are whole numbers, so the run ends a few samples off S.
     """
     check_ramp(global_batch_size, ramp)
-    if ramp is None or ramp.start == global_batch_size:
+    if ramp is None or ramp.start in (0, global_batch_size):
         return num_steps * global_batch_size
     start, end = ramp.start, global_batch_size
     return round(num_steps / (ramp.share * log(end / start) / (end - start) + (1 - ramp.share) / end))
@@ -101,7 +102,7 @@ def total_samples(num_steps: int, global_batch_size: int, ramp: BatchRampConfig 
 
 def batch_size(seen: int, total: int, global_batch_size: int, ramp: BatchRampConfig | None = None) -> int:
     """Sequences in the step that begins when `seen` of `total` sequences were seen."""
-    if ramp is None or seen >= ramp.share * total:
+    if ramp is None or not ramp.start or seen >= ramp.share * total:
         return global_batch_size
     grown = ramp.start + (global_batch_size - ramp.start) * seen / (ramp.share * total)
     return round(grown / ramp.multiple_of) * ramp.multiple_of

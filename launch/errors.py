@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 SECONDS_FOR_RANK_0 = 5
 
@@ -80,9 +80,14 @@ def explain(error: Exception) -> str | None:
 def _explain_option(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not of the form option=value ({error.message.splitlines()[0]})"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: expected one of {', '.join(error.options)}"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return str(error)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key}= is missing: --help says what it takes"
     option, complaint = str(cause.full_key), str(cause.msg or cause).splitlines()[0]
     if isinstance(cause, AttributeError | KeyError):  # OmegaConf's errors for a key that is not there
         known = [str(key) for key in cause.parent_node or () if key != "hydra"]

@@ -48,8 +48,11 @@ def open_run_folder(config: Config, settings: DictConfig, overrides: list[str]) 
     """Writes config.yaml, headed by what made it, and the data's tokenizer, so that the run is whole by itself."""
     folder = Path(config.run.dir)
     head = f"# revision: {_revision()}\n# overrides: {' '.join(overrides)}\n"
-    save(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
-    save(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
+    try:
+        save(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
+        save(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
+    except OSError as error:
+        raise ValueError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def _revision() -> str:

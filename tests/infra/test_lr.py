@@ -74,9 +74,10 @@ def test_a_ramp_ends_where_it_planned_to(num_steps: int, start: int, end: int, m
     assert seen == pytest.approx(total, rel=0.06)  # whole batches, rounded down
 
 
-def test_no_ramp_is_the_batch_itself() -> None:
-    assert total_samples(200, 16) == 3200
-    assert batch_size(0, 3200, 16) == batch_size(3199, 3200, 16) == 16
+@pytest.mark.parametrize("ramp", [None, BatchRampConfig(start=0, multiple_of=3)])
+def test_no_ramp_is_the_batch_itself(ramp: BatchRampConfig | None) -> None:
+    assert total_samples(200, 16, ramp) == 3200
+    assert batch_size(0, 3200, 16, ramp) == batch_size(3199, 3200, 16, ramp) == 16
 
 
 @pytest.mark.parametrize(

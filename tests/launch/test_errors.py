@@ -8,8 +8,10 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from launch.errors import explain, one_line_errors
+from launch.generate import GenerateConfig
 
 ConfigStore.instance().store(
     "errors_test", OmegaConf.structured({"parallel": {"schedule": "1f1b", "pp": 8}}, flags={"struct": True})
@@ -31,6 +33,16 @@ def test_a_misspelt_option_is_named_with_the_nearest_one() -> None:
 
 def test_an_unknown_option_lists_what_there_is() -> None:
     assert refusal("parallel.zzz=1") == "parallel.zzz: no such option; there are pp, schedule"
+
+
+def test_an_unknown_choice_of_a_group_lists_what_there_is() -> None:
+    assert refusal("+precision=fp4") == "precision=fp4: expected one of bf16, fp32, fp64, fp8"
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(MissingMandatoryValue) as caught:
+        OmegaConf.to_object(OmegaConf.structured(GenerateConfig))
+    assert explain(caught.value) == "checkpoint= is missing: --help says what it takes"
 
 
 def test_a_line_that_does_not_parse_is_shown() -> None:

@@ -143,6 +143,7 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
         (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
         (["train.eval_samples=3", "train.microbatch_size=2"], "train.eval_samples=3"),
         (["data.sequence_length=20000"], "(train) holds"),
+        (["train.batch_ramp.start=3", "train.microbatch_size=2"], "train.batch_ramp.start=3 does not divide"),
     ],
 )
 def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
