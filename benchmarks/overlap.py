@@ -400,14 +400,14 @@ def ratios(over: list[float], under: list[float]) -> list[float]:
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def computing_part(rounds: int, console: Console) -> list[dict[str, Any]]:
+def computing_part(shares: list[float], rounds: int, console: Console) -> list[dict[str, Any]]:
     free = on_cluster(2, 40e9, ["computing", "2"])["in turn"]
     compute = statistics.median(free["seconds"]) - statistics.median(free["comm"])
     table = Table(title="computing: 2 ranks, ep 2, 4 MoE layers, 8 microbatches, 1F1B in pairs")
     for column in ("all-to-all / compute", "links", "in turn", "overlap", "overlap / in turn", "hidden in the pairs"):
         table.add_column(column, justify="right")
     rows = []
-    for share in SHARES:
+    for share in shares:
         rate = free["bytes"] * 8 / (share * compute)
         result = on_cluster(2, rate, ["computing", str(rounds)])
         before, after = result["in turn"], result["overlap"]
@@ -484,7 +484,7 @@ def main() -> None:
     parts = ["cost", "computing", "sleeping"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--ranks", nargs="+", type=int, choices=(4, 8), default=[4, 8], help="of the sleeping part")
-    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the sleeping part")
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of communication")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("overlap.json"))
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)  # how this script starts itself on the ranks
@@ -502,9 +502,9 @@ def main() -> None:
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__},
     }
     if "cost" in options.parts:
-        report["cost"] = cost_part(4 * options.rounds, console)
+        report["cost"] = cost_part(2 * options.rounds, console)
     if "computing" in options.parts:
-        report["computing"] = computing_part(options.rounds, console)
+        report["computing"] = computing_part(options.shares, options.rounds, console)
     if "sleeping" in options.parts:
         report["sleeping"] = sleeping_part(options.ranks, options.shares, options.rounds, console)
     options.out.write_text(json.dumps(report, indent=1))
