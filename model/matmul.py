@@ -4,18 +4,24 @@ On a CPU that is oneDNN. torch takes it by itself in bfloat16, but in float32 it
 not know reaches less than half the speed; so float32 products go to oneDNN by name. oneDNN compiles a kernel for each
 new shape (most of a millisecond) and an expert's number of tokens is new every step: rows are therefore rounded up to a
 multiple of 32, so that few shapes exist. On a CPU a grouped product is one product per group whoever writes the loop
-(torch's own grouped matmul too); on an accelerator it is one kernel.
+(torch's own grouped matmul too); on an accelerator it is one kernel. Many small experts in bfloat16 are cheaper as one
+batched product, each expert's rows padded to the longest's.
 
 Shapes: M, K, N sides of a product; R rows, sorted by expert; E experts.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROUND = 32  # rows of a group are rounded up to a multiple of this
+BATCH_ROUND = 16  # the same, for the rows of a batched product
+SMALL = 64  # mean rows of an expert up to which a batched product is tried
+WASTE = 3  # and how many times the rows it may pad them to
 LARGE = 3_000_000  # multiply-adds from which oneDNN pays in float32, in spite of its overhead per call
 
 
@@ -60,6 +66,31 @@ def _rounded(start: int, size: int, num_rows: int) -> tuple[int, int]:
     return min(start, num_rows - rounded), rounded
 
 
+class _Batch(NamedTuple):
+    """Where the rows of E experts stand when each expert has P rows: row r at slot_R[r] of E P."""
+
+    slot_R: Tensor
+    num_experts: int
+
+    def pad(self, x_RK: Tensor, num_rows: int) -> Tensor:
+        """(E, P, K), zeros where no row stands."""
+        x = x_RK.new_zeros(self.num_experts * num_rows, x_RK.shape[1])
+        return x.index_copy_(0, self.slot_R, x_RK).view(self.num_experts, num_rows, -1)
+
+
+def _batch(x_RK: Tensor, num_tokens_per_expert_E: Tensor) -> tuple[_Batch, int] | None:
+    """How to run small experts as one batched product of P rows each; None where that does not pay."""
+    R, E = x_RK.shape[0], len(num_tokens_per_expert_E)
+    if not x_RK.is_cpu or x_RK.dtype != torch.bfloat16 or not 0 < R <= SMALL * E:
+        return None
+    P = -(-int(num_tokens_per_expert_E.max()) // BATCH_ROUND) * BATCH_ROUND
+    if E * P > WASTE * R:
+        return None
+    starts_E = num_tokens_per_expert_E.cumsum(0) - num_tokens_per_expert_E
+    shift_E = torch.arange(E) * P - starts_E
+    return _Batch(torch.arange(R) + shift_E.repeat_interleave(num_tokens_per_expert_E), E), P
+
+
 def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
     """Rows of expert e times matrix e: the rows are sorted by expert, and an expert may have none.
 
@@ -68,6 +99,9 @@ def grouped_mm(x_RK: Tensor, weight_EKN: Tensor, num_tokens_per_expert_E: Tensor
     Returns: (R, N).
     """
     R, (E, K, N) = x_RK.shape[0], weight_EKN.shape
+    if found := _batch(x_RK, num_tokens_per_expert_E):
+        batch, P = found
+        return torch.bmm(batch.pad(x_RK, P), weight_EKN).view(E * P, N).index_select(0, batch.slot_R)
     by_name = _by_name(x_RK, R * K * N // max(1, E))
     if not by_name and _takes_grouped_kernel(x_RK, weight_EKN, weight_EKN.mT):
         return F.grouped_mm(x_RK, weight_EKN, offs=_ends(num_tokens_per_expert_E))
@@ -90,6 +124,10 @@ def grouped_outer(
     """dy_e^T x_e of every expert e, zeros for one without rows: (E, N, K); or that added to `into_ENK`."""
     if not x_RK.is_cpu and _takes_grouped_kernel(dy_RN, x_RK):
         grad_ENK = F.grouped_mm(dy_RN.t(), x_RK, offs=_ends(num_tokens_per_expert_E))
+        return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
+    if found := _batch(x_RK, num_tokens_per_expert_E):
+        batch, P = found
+        grad_ENK = torch.bmm(batch.pad(dy_RN, P).mT, batch.pad(x_RK, P))
         return grad_ENK if into_ENK is None else into_ENK.add_(grad_ENK)
     R, sizes = x_RK.shape[0], num_tokens_per_expert_E.tolist()
     shape = len(sizes), dy_RN.shape[1], x_RK.shape[1]
