@@ -392,6 +392,8 @@ def on_cluster(nodes: int, rate: float, words: list[str]) -> Any:
 
 
 def quartiles(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return f"{median:.3f} ({first:.3f}-{third:.3f})"
 
