@@ -53,12 +53,17 @@ def tokens(num_samples: int, vocab_size: int = 61) -> Tensor:
     return torch.randint(vocab_size, (num_samples, LENGTH + 1), generator=torch.Generator().manual_seed(5))
 
 
+def documents(num_samples: int) -> Tensor:
+    """[num_samples, L + 1]; the document of each token, a few a sample."""
+    return (torch.rand(num_samples, LENGTH + 1, generator=torch.Generator().manual_seed(9)) < 0.25).cumsum(1)
+
+
 def weights(config: ModelConfig, num_samples: int) -> dict[str, float]:
     depths = max(1, config.num_nextn_predict_layers)
     return {"lm_loss": 1.0, "mtp_loss": 0.3 / depths, "balance_loss": config.aux_loss_alpha / num_samples}
 
 
-def reference_gradients(config: ModelConfig, num_samples: int) -> dict[str, Tensor]:
+def reference_gradients(config: ModelConfig, num_samples: int, masked: bool = False) -> dict[str, Tensor]:
     """Of the whole batch at once, by plain autograd over `Transformer.losses`, in one process: obviously right."""
     torch.set_default_dtype(torch.float64)
     try:
@@ -66,7 +71,8 @@ def reference_gradients(config: ModelConfig, num_samples: int) -> dict[str, Tens
     finally:
         torch.set_default_dtype(torch.float32)
     batch = tokens(num_samples)
-    losses = model.losses(batch[:, :-1], batch[:, 1:], num_tokens=num_samples * LENGTH, num_sequences=num_samples)
+    ids = documents(num_samples)[:, :-1] if masked else None
+    losses = model.losses(batch[:, :-1], batch[:, 1:], num_samples * LENGTH, num_samples, ids)
     depths = max(1, config.num_nextn_predict_layers)
     (losses.lm_loss + 0.3 / depths * losses.mtp_losses_K.sum() + config.aux_loss_alpha * losses.balance_loss).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -95,9 +101,16 @@ def build(
     return replica, executor, mesh
 
 
-def begin(config: ModelConfig, replica: Replica, mesh: Mesh, num_microbatches: int) -> None:
-    """Hands this rank its microbatches of a batch of `num_microbatches * dp` samples."""
+def begin(config: ModelConfig, replica: Replica, mesh: Mesh, num_microbatches: int, masked: bool = False) -> None:
+    """Hands this rank its microbatches of a batch of `num_microbatches * dp` samples.
+
+    masked: tokens see those of their own document only.
+    """
     num_samples = num_microbatches * mesh.config.dp
-    batch_MBL = tokens(num_samples).view(num_microbatches, mesh.config.dp, LENGTH + 1)[:, mesh.at.dp, None]
+    batch_MBL, ids_MBL = (
+        each.view(num_microbatches, mesh.config.dp, LENGTH + 1)[:, mesh.at.dp, None]
+        for each in (tokens(num_samples), documents(num_samples))
+    )
+    scale = BatchScale(num_samples * LENGTH, weights(config, num_samples))
     for stage in replica.stages.values():
-        stage.begin(batch_MBL, BatchScale(num_samples * LENGTH, weights(config, num_samples)), training=True)
+        stage.begin(batch_MBL, scale, training=True, documents_MBL=ids_MBL if masked else None)

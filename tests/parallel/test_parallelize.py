@@ -10,9 +10,9 @@ from tests.parallel.layouts import begin, build, reference_gradients, tiny
 from tests.ranks import run_ranks
 
 
-def _gradients(rank: int, world: int, config, parallel: ParallelConfig, num_microbatches: int) -> dict:
+def _gradients(rank: int, world: int, config, parallel: ParallelConfig, num_microbatches: int, masked: bool) -> dict:
     replica, executor, mesh = build(config, parallel, world, num_microbatches)
-    begin(config, replica, mesh, num_microbatches)
+    begin(config, replica, mesh, num_microbatches, masked)
     executor.step()
     reduce_gradients(replica.buckets)
     assert all(stage.live == 0 for stage in replica.stages.values())
@@ -20,10 +20,10 @@ def _gradients(rank: int, world: int, config, parallel: ParallelConfig, num_micr
     return {"first_expert": replica.first_expert, "grads": {n: g.numpy() for n, g in grads.items()}}
 
 
-def check_layout(config, parallel: ParallelConfig, world: int, num_microbatches: int) -> None:
-    expected = reference_gradients(config, num_microbatches * world // parallel.pp)
+def check_layout(config, parallel: ParallelConfig, world: int, num_microbatches: int, masked: bool = False) -> None:
+    expected = reference_gradients(config, num_microbatches * world // parallel.pp, masked)
     seen = set()
-    for result in run_ranks(world, _gradients, config, parallel, num_microbatches):
+    for result in run_ranks(world, _gradients, config, parallel, num_microbatches, masked):
         for name, grad in result["grads"].items():
             want = expected[name]
             if ".mlp.experts." in name:
@@ -77,6 +77,20 @@ def test_recomputation(recompute):
 @pytest.mark.parametrize("depths", [0, 2])
 def test_multi_token_prediction_of_any_depth(depths):
     check_layout(tiny(num_nextn_predict_layers=depths), ParallelConfig(pp=2, schedule="dualpipe"), 2, 4)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_documents_are_masked_at_every_depth(recompute):
+    parallel = ParallelConfig(pp=2, schedule="dualpipe", recompute=recompute)
+    check_layout(tiny(num_nextn_predict_layers=2), parallel, 2, 4, masked=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_v2_router_without_compressed_queries_or_a_shared_expert(recompute):
+    v2 = {"q_lora_rank": None, "scoring_func": "softmax", "topk_method": "group_limited_greedy"}
+    config = tiny(n_shared_experts=0, norm_topk_prob=False, n_routed_experts=32, **v2)
+    parallel = ParallelConfig(pp=2, ep=2, schedule="dualpipe", dispatcher="two_hop", recompute=recompute)
+    check_layout(config, parallel, 4, 4)
 
 
 EVERY = [(name, pp) for name in SCHEDULES for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
