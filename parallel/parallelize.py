@@ -89,7 +89,7 @@ def parallelize(
     for n in mine:
         block = cast(Block, model.model.layers[n])
         if block.is_moe:
-            _keep_experts(block, num_local, config)
+            _keep_experts(block, num_local)
             block.mlp.dispatcher = dispatcher
 
     # Precision: what is computed with, and what is accumulated in; FP8 fills holes of the layers.
@@ -201,7 +201,7 @@ def _bucket_plan(meta: Mapping[str, Tensor], owners: Mapping[str, tuple[int, ...
     return [(names[key], key[2], groups[key[0], key[1]]) for key in sorted(names)]
 
 
-def _keep_experts(block: Block, num_local: int, config: ModelConfig) -> None:
+def _keep_experts(block: Block, num_local: int) -> None:
     """Leaves `num_local` experts in a meta block."""
     experts = block.mlp.experts
     for name, param in list(experts.named_parameters(recurse=False)):
