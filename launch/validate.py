@@ -128,9 +128,9 @@ def fitted(model: StepModel, target: float) -> StepModel:
     low, high = 1.0, 2.0
     for _ in range(40):
         middle = (low + high) / 2
-        slow = replace(model, imbalance=middle, cache={}).simulate(V3, BATCH).total > target
+        slow = replace(model, imbalance=middle).simulate(V3, BATCH).total > target
         low, high = (low, middle) if slow else (middle, high)
-    return replace(model, imbalance=round(low, 4), cache={})
+    return replace(model, imbalance=round(low, 4))
 
 
 def cost_lines(imbalance: float) -> list[Line]:

@@ -214,9 +214,9 @@ class Kernels:
         around = self.stream((2 * self.tokens * self.model.hidden_size, 6))
         return f + around, i + around, w
 
-    def send(self) -> float:
-        """Seconds of handing a microbatch (BF16) to the next stage."""
-        across = self.layout.dp % self.layout.mesh.node_size == 0
+    def send(self, dp: int) -> float:
+        """Seconds of handing a microbatch (BF16) to the next stage, which is dp ranks away."""
+        across = dp >= self.layout.mesh.node_size
         rate = self.cluster.network_gbs if across else self.cluster.node_gbs
         latency = self.cluster.network_latency_us if across else self.cluster.node_latency_us
         return self.tokens * self.model.hidden_size * DTYPE_BYTES["bf16"] / (1e9 * rate) + 1e-6 * latency

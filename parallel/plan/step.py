@@ -70,10 +70,10 @@ class StepModel:
     sequence_length: int = 4096
     moments: str = "bf16"
     imbalance: float = 1.0
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # by what an answer depends on
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # by what an answer depends on
 
     def layers(self, layout: Layout) -> tuple[Kernels, LayerTimes, LayerTimes]:
-        """The kernels of a layout, a layer with experts, and a dense one."""
+        """The kernels of a layout, a layer with experts, and a dense one; they do not depend on pp."""
         key = (layout.ep, layout.dispatcher, layout.microbatch_size, layout.precision, layout.recompute, layout.world)
         if key not in self.cache:
             kernels = Kernels(self.model, self.cluster, layout, self.sequence_length)
@@ -92,7 +92,7 @@ class StepModel:
 
     def _stages(self, layout: Layout, overlap: bool) -> StageTimes:
         kernels, moe, dense = self.layers(layout)
-        send = kernels.send() if layout.pp > 1 else 0.0
+        send = kernels.send(layout.dp) if layout.pp > 1 else 0.0
         split = self.split(layout.num_stages)
         num_dense_S = np.array([sum(n < self.model.first_k_dense_replace for n in layers) for layers in split])
         num_moe_S = np.array([len(layers) for layers in split]) - num_dense_S

@@ -116,11 +116,22 @@ def test_journeys_two_hop_sends_once_a_node(model: StepModel) -> None:
     assert Kernels(config, model.cluster, replace(V3, ep=1), 4096).journey(2.0) == 0.0
 
 
+def test_a_send_stays_inside_the_node_where_pipelines_are_short(model: StepModel) -> None:
+    """Layouts of other depths share their layers, not their borders: 8 ranks on one node, 16 on two."""
+    near, far = (model.stages(Layout(world, 8, pp, 1, "1f1b", "local")).send for world, pp in ((8, 2), (16, 2)))
+    assert 0 < near < far
+
+
+def test_another_imbalance_is_not_answered_from_memory(model: StepModel) -> None:
+    before = model.simulate(V3, BATCH)
+    after = replace(model, imbalance=1.5).simulate(V3, BATCH)
+    assert after.pair == pytest.approx(1.5 * before.pair)
+    assert after.reduce == before.reduce
+
+
 def test_gradients_take_the_way_inside_the_node_first(model: StepModel) -> None:
     """Ranks beside one another sum over the node's links: ZeRO-1 on one node is far quicker than on eight."""
-    small = replace(
-        model, model=ModelConfig(num_hidden_layers=4, n_routed_experts=8, n_group=1, topk_group=1), cache={}
-    )
+    small = replace(model, model=ModelConfig(num_hidden_layers=4, n_routed_experts=8, n_group=1, topk_group=1))
     inside, outside = (small.optimizer(Layout(world, 8, 1, 1))[0] for world in (8, 64))
     assert 0 < inside < outside
     assert small.optimizer(Layout(1, 1, 1, 1))[0] == 0.0
