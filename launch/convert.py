@@ -4,8 +4,8 @@
     python launch/convert.py source=runs/v3/checkpoints/step_1000 target=exported dtype=bfloat16
 
 The source says which way: a folder with config.json is Hugging Face's (safetensors, FP8 blocks or BF16), one with
-index.json is ours. Training then starts from `step_0` of the target, its moments zero. `dtype` is that of the exported
-weights.
+index.json is ours, and of a run folder the newest checkpoint is taken. Training then starts from `step_0` of the
+target, its moments zero. `dtype` is that of the exported weights.
 """
 
 from __future__ import annotations
@@ -107,13 +107,15 @@ def main(composed: DictConfig) -> None:
     source, target = Path(config.source), Path(config.target)
     if (source / "config.json").exists():
         print(f"wrote {from_hugging_face(source, target)}")
-    elif (source / "index.json").exists():
-        to_hugging_face(source, target, DTYPES[config.dtype])
-        print(f"wrote {target}")
-    else:
+        return
+    ours = source if (source / "index.json").exists() else checkpoint.newest(source / "checkpoints")
+    if ours is None:
         raise ValueError(
-            f"{source} is no checkpoint: it has neither config.json (Hugging Face's) nor index.json (a run's step_<n>)"
+            f"source={source} is no checkpoint: it has neither config.json (Hugging Face's) nor index.json (a run's "
+            "step_<n>), and is no run folder with checkpoints"
         )
+    to_hugging_face(ours, target, DTYPES[config.dtype])
+    print(f"wrote {target} from {ours}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from launch.errors import one_line_errors
+from launch.errors import TRACES, one_line_errors
 
 _PREFIX = "braid"  # of namespaces: braid.<pid>.<start time of that process>.<name>
 _UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
@@ -227,6 +227,7 @@ class Cluster:
                 "MASTER_PORT": "29500",  # free: the namespace is new
                 "GLOO_SOCKET_IFNAME": "eth0",
                 "NCCL_SOCKET_IFNAME": "eth0",
+                "HYDRA_FULL_ERROR": "1" if TRACES else "0",  # here it is 1, while `one_line_errors` lasts
             }
             env.setdefault("OMP_NUM_THREADS", "1")
             env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would warn that these addresses have no names
@@ -316,6 +317,11 @@ def main() -> None:
     if {"-h", "--help"} & set(options):
         print(__doc__)
         return
+    for word in options:
+        if "=" not in word:
+            raise ValueError(
+                f"{word}: not of the form option=value; the script to run and its arguments stand after --"
+            )
     merged = OmegaConf.merge(OmegaConf.structured(EmulateConfig), OmegaConf.from_cli(options))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, EmulateConfig)

@@ -30,7 +30,7 @@ SECONDS_FOR_RANK_0 = 5
 # What gloo and NCCL say when the rank at the other end is gone.
 _LOST = re.compile(r"Connection (reset|closed|refused)[^.\n]*|Broken pipe|Socket closed|[Tt]imed out waiting[^.\n]*")
 _ROOT = Path(__file__).resolve().parents[1]
-_TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
+TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
 _OURS = {"conf", "infra", "launch", "model", "parallel"}
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except Exception as error:
         line = explain(error)
-        if line is None or _TRACES:
+        if line is None or TRACES:
             raise
         _give_way()
         sys.exit(f"error: {line}")

@@ -8,6 +8,7 @@ import torch
 from infra.checkpoint import Checkpoint
 from infra.data import TokenDataset
 from infra.distributed import World
+from launch import convert
 from launch.convert import from_hugging_face, to_hugging_face
 from launch.trainer import Trainer
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
@@ -52,6 +53,16 @@ def test_training_goes_on_from_what_was_published(tmp_path):
             assert loss == pytest.approx(expected, rel=1e-9)
     with pytest.raises(AssertionError, match=r"holds another model: its n_group is 4, but model.n_group=2"):
         run_ranks(1, _first_step, config(data, model=replace(mine, n_group=2)), step)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path, monkeypatch, capsys):
+    model = small_model()
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    from_hugging_face(tmp_path / "published", tmp_path / "run" / "checkpoints")
+    monkeypatch.setattr("sys.argv", ["convert.py", f"source={tmp_path / 'run'}", f"target={tmp_path / 'exported'}"])
+    convert.main()
+    assert str(tmp_path / "run/checkpoints/step_0") in capsys.readouterr().out
+    assert HuggingFaceCheckpoint(tmp_path / "exported").config.hidden_size == model.config.hidden_size
 
 
 def test_another_shape_is_named(tmp_path):

@@ -81,12 +81,13 @@ def test_a_rank_learns_its_place_and_a_failure_is_passed_on(tmp_path):
     script = tmp_path / "place.py"
     script.write_text(
         "import os, sys\n"
-        "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME'.split()\n"
+        "names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME '\n"
+        "names = (names + 'HYDRA_FULL_ERROR').split()\n"
         "print(*(os.environ[name] for name in names), flush=True)\n"
         "sys.exit(7 if os.environ['RANK'] == '3' else 0)\n"
     )
     code, out, err = run(script, "nodes=2", "ranks_per_node=2")
-    assert sorted(out.splitlines()) == [f"{r} 4 {r % 2} 2 10.77.0.1 eth0" for r in range(4)]
+    assert sorted(out.splitlines()) == [f"{r} 4 {r % 2} 2 10.77.0.1 eth0 0" for r in range(4)]  # 0: errors in one line
     assert code == 7
     assert "rank 3 ended with exit code 7" in err
 
@@ -174,6 +175,7 @@ def test_without_root_or_iproute2_it_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        (["nodes=2", "launch/pretrain.py"], "stand after --"),
         (["nodes=2"], "nothing to run"),
         (["nodes=2", "--", "no/such.py"], "no/such.py: no such script"),
         (["node=2", "--", __file__], "node"),

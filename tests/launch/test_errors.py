@@ -87,7 +87,7 @@ def test_a_lost_rank_is_one_line() -> None:
 def test_the_trace_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel.pipeline.actions import Action
 
-    monkeypatch.setattr("launch.errors._TRACES", True)
+    monkeypatch.setattr("launch.errors.TRACES", True)
     with pytest.raises(ValueError, match="not an action"), one_line_errors():
         Action.parse("2X0")
 
