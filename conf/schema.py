@@ -32,7 +32,7 @@ class OptimConfig:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas={self.betas}: expected two numbers in [0, 1)")
         for name in ("eps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nan is refused too
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be at least 0")
 
 
@@ -63,7 +63,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("eval_every", "eval_samples", "mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 0")
 
 

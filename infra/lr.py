@@ -26,8 +26,8 @@ class LRConfig:
     last_ratio: float = 7.3e-6 / 2.2e-4  # of the peak: the last tail
 
     def __post_init__(self) -> None:
-        if self.peak <= 0:
-            raise ValueError(f"optim.lr.peak={self.peak} must be above 0")
+        if not 0 < self.peak < float("inf"):  # nan is refused too
+            raise ValueError(f"optim.lr.peak={self.peak} must be above 0 and finite")
         if self.warmup_steps < 0 or not 0 <= self.warmup_share <= 1:
             raise ValueError(
                 f"optim.lr.warmup_steps={self.warmup_steps} must be at least 0 and "

@@ -84,6 +84,7 @@ def test_no_ramp_is_the_batch_itself(ramp: BatchRampConfig | None) -> None:
     ("wrong", "says"),
     [
         ({"peak": 0.0}, "peak=0.0"),
+        ({"peak": float("nan")}, "peak=nan"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"constant_until": 0.99}, "constant_until=0.99"),
         ({"tail_ratio": 2.0}, "tail_ratio=2.0"),

@@ -141,6 +141,7 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
         (["train.log_every=0"], "train.log_every=0"),
         (["train.eval_samples=-1"], "train.eval_samples=-1"),
         (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
+        (["optim.clip=nan"], "optim.clip=nan"),
         (["train.eval_samples=3", "train.microbatch_size=2"], "train.eval_samples=3"),
         (["data.sequence_length=20000"], "(train) holds"),
         (["train.batch_ramp.start=3", "train.microbatch_size=2"], "train.batch_ramp.start=3 does not divide"),
