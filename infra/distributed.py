@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, and the device that it computes on."""
+    """This process among all: `rank` of `size`, the device that it computes on, and how long it waits for the others."""
 
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)  # a collective that takes longer raises on every rank
 
     @property
     def is_main(self) -> bool:
@@ -81,11 +82,8 @@ def _environment() -> dict[str, str]:
     return {"RANK": "0", "WORLD_SIZE": "1"}
 
 
-def start(timeout_s: float = 600.0) -> World:
-    """Initialises the default process group and returns this process's place in it.
-
-    `timeout_s`: a collective that takes longer raises on every rank, instead of hanging for ever.
-    """
+def start() -> World:
+    """Initialises the default process group and returns this process's place in it."""
     os.environ.update(_environment())
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -101,7 +99,7 @@ def start(timeout_s: float = 600.0) -> World:
         store=dist.HashStore() if size == 1 else None,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=World.timeout,
     )
     return World(rank, size, device)
 

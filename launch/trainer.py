@@ -56,7 +56,7 @@ class Trainer:
         mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
         self._schedule = lru_cache(maxsize=None)(parallel.make_schedule)
         _check_batches(train, self._schedule, mesh_config.dp)
-        self.mesh = Mesh(mesh_config)
+        self.mesh = Mesh(mesh_config, world.timeout)
         self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
         self.train_data = self._open("train", config.data.fim_rate)
         self.held_out = self._open("held_out", 0.0) if train.eval_samples else None
