@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, the device that it computes on, and how long it waits for the others."""
+    """This process among all: `rank` of `size`, its device, and how long it waits for the others."""
 
     rank: int
     size: int
