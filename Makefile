@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-te pretrain test test-slow check format bench
+.PHONY: help install install-te pretrain test test-slow check format bench validation
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,3 +48,6 @@ format: $(READY) ## let ruff mend what it can
 
 bench: $(READY) ## every benchmark that runs on this machine
 	@for b in benchmarks/*.py; do echo "== $$b"; OMP_NUM_THREADS=1 $(BIN)/python $$b || exit 1; done
+
+validation: $(READY) ## every published figure, ours, the error: writes docs/validation.md
+	$(BIN)/python launch/validate.py

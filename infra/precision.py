@@ -33,6 +33,11 @@ class PrecisionConfig:
             if value not in choices:
                 raise ValueError(f"{option}={value}: expected one of {', '.join(choices)}")
 
+        if self.backend != "reference" and self.name != "fp8":
+            raise ValueError(
+                f"precision.backend={self.backend} multiplies in FP8, but precision={self.name}: use precision=fp8"
+            )
+
     @property
     def compute_dtype(self) -> str:
         """Name of the torch dtype of parameters and activations."""

@@ -59,7 +59,7 @@ def mtp_losses(
     losses, outputs = [], []
     for k, depth in enumerate(depths, start=1):
         embedded = embed_tokens(tokens_BL[:, k:])
-        ids = None if document_ids_BL is None else document_ids_BL[:, k:]
+        ids = None if document_ids_BL is None else document_ids_BL[:, :-k]
         outputs.append(depth(depth.join(h_BLD[:, :-1], embedded), ids))
         h_BLD = outputs[-1].h_BLD
         normed = depth.shared_head["norm"](h_BLD)

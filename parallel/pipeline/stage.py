@@ -169,7 +169,7 @@ class TransformerStage:
         """What stands before and after the block of depth k of multi-token prediction (see model/mtp.py)."""
 
         def join(h_BLD: Tensor, tokens_BL: Tensor, documents_BL: Tensor | None) -> tuple:
-            documents_BL = None if documents_BL is None else documents_BL[:, 1:]
+            documents_BL = None if documents_BL is None else documents_BL[:, :-1]
             return depth.join(h_BLD[:, :-1], self._embed_tokens(tokens_BL[:, k:])), documents_BL
 
         def predict(h_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
