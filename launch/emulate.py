@@ -245,6 +245,8 @@ def wait(ranks: list[subprocess.Popen], grace: float) -> int:
     """Waits for all ranks; once one fails the others get `grace` seconds. Returns the first failure's exit code."""
     code, deadline = 0, float("inf")
     while True:
+        if _asked_to_stop:
+            raise SystemExit(128 + _asked_to_stop[0])
         running = [rank for rank in ranks if rank.poll() is None]
         failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
         if failed and not code:
@@ -305,7 +307,12 @@ def emulate(config: EmulateConfig, command: list[str]) -> int:
     return code
 
 
+_asked_to_stop: list[int] = []  # signals received
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends the run - at once, or from `wait` where Python drops what a handler raises, as in the hooks of a fork."""
+    _asked_to_stop.append(number)
     raise SystemExit(128 + number)
 
 

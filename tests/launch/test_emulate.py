@@ -135,6 +135,16 @@ def test_nothing_stays_behind_when_it_is_killed(tmp_path, signal_number):
     _wait_until(lambda: not _alive(script))
 
 
+def test_a_signal_whose_exception_was_dropped_still_ends_the_run(monkeypatch):
+    """Python drops what a handler raises inside the hooks of a fork; the run then ends from where it waits."""
+    monkeypatch.setattr(emulate, "_asked_to_stop", [signal.SIGTERM])
+    with subprocess.Popen(["sleep", "60"]) as rank:
+        with pytest.raises(SystemExit) as stopped:
+            emulate.wait([rank], grace=60)
+        rank.kill()
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
 @needs_root
 def test_namespaces_of_a_living_run_are_no_leftovers():
     with emulate.Cluster(EmulateConfig(nodes=1)) as cluster:
