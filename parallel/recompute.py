@@ -54,15 +54,19 @@ class _Region:
     def rerun(self) -> None:
         inside: list[Tensor] = []
 
-        def catch(tensor: Tensor) -> Tensor:
+        def catch(tensor: Tensor) -> None:
+            """Notes the tensor; nothing is packed, for this graph is never walked, and a node that held its own output
+            through a hook would live for ever."""
             if not self._is_kept(tensor):
-                inside.append(tensor)
-            return tensor
+                inside.append(tensor.detach())
 
         again = (tensor.detach().requires_grad_(tensor.requires_grad) for tensor in self.inputs)
         with torch.enable_grad(), saved_tensors_hooks(catch, lambda tensor: tensor):
             outputs = _as_tuple(self.fn(*again))
         self._inside, self._outputs = inside, tuple(output.detach() for output in outputs)
+
+    def release(self) -> None:
+        self.inputs, self._inside, self._outputs = (), None, ()
 
     def inside(self, index: int) -> Tensor:
         if self._inside is None:
@@ -97,6 +101,12 @@ class Tape:
         """Computes what all regions dropped, in their order."""
         for region in self.regions:
             region.rerun()
+
+    def release(self) -> None:
+        """Lets go of everything, after the backward: regions and autograd's nodes hold each other."""
+        for region in self.regions:
+            region.release()
+        self.regions.clear()
 
     def pack(self, tensor: Tensor) -> Tensor | _Output:
         found = self.outputs.get(tensor.untyped_storage().data_ptr())

@@ -82,9 +82,11 @@ class Compute:
             return leaves, self.run(*leaves), None
 
     def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
-        leaves, outputs, _ = saved
+        leaves, outputs, tape = saved
         ends = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
         torch.autograd.backward([out for out, _ in ends], [g for _, g in ends])
+        if tape is not None:
+            tape.release()
         return [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 

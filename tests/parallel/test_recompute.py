@@ -1,10 +1,15 @@
 """Dropped tensors come back as they were: the same gradients to the bit, less memory in between."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from parallel.config import ParallelConfig
 from parallel.recompute import Regions
+from tests.parallel.layouts import begin, build, tiny
 
 
 def _network(regions, x, w1, w2):
@@ -85,3 +90,33 @@ def test_an_empty_output_is_not_mistaken_for_another_empty_tensor():
     tape.rerun()
     y.sum().backward()
     assert x.grad.shape == (0, 8)
+
+
+@pytest.mark.parametrize("rerun_first", [True, False])
+def test_nothing_outlives_the_backward(rerun_first):
+    """Regions and autograd's nodes hold each other where Python's collector cannot see it."""
+    regions, inputs = Regions(), _inputs()
+    with regions.recording() as tape:
+        loss = _network(regions, *inputs)
+    if rerun_first:
+        tape.rerun()
+    loss.backward()
+    tape.release()
+    left = [weakref.ref(region) for region in tape.regions]
+    witness = weakref.ref(tape)
+    del tape, loss
+    gc.collect()
+    assert witness() is None
+    assert not left
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_of_training_leaves_nothing_behind(recompute):
+    """A region that survives its step is a leak of activations: one such made a run grow by 70 MB a step."""
+    config = tiny()
+    replica, executor, mesh = build(config, ParallelConfig(recompute=recompute), 1, 2)
+    for _ in range(2):
+        begin(config, replica, mesh, 2)
+        executor.step()
+    gc.collect()
+    assert not [held for held in gc.get_objects() if type(held).__name__ in ("_Region", "Tape")]
