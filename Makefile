@@ -24,7 +24,7 @@ install-te: $(READY) ## Transformer Engine, compiled against the installed torch
 
 RUN    := runs/pretrain-$(shell date +%Y%m%d-%H%M%S)
 LAYOUT := parallel.pp=2 parallel.ep=2 parallel.schedule=dualpipe parallel.dispatcher=two_hop parallel.ranks_per_node=1 \
-	parallel.recompute=selective
+	parallel.recompute=selective precision=bf16
 
 pretrain: $(READY) ## train a small DeepSeek-V3 on real text: 4 ranks, DualPipe, two-hop dispatch; then continue a line
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=4 launch/pretrain.py $(LAYOUT) run.dir=$(RUN) $(ARGS)
