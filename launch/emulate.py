@@ -311,9 +311,9 @@ _asked_to_stop: list[int] = []  # signals received
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Ends the run - at once, or from `wait` where Python drops what a handler raises, as in the hooks of a fork."""
+    """Notes that the run is to end; `wait` ends it. To raise here would not do: in the hooks of a fork, as wherever
+    Python cannot pass an exception on, it would be dropped."""
     _asked_to_stop.append(number)
-    raise SystemExit(128 + number)
 
 
 @one_line_errors()
