@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
+
+from infra.tensor_file import save_tensors
 
 FORMAT = 1
 _STEP = re.compile(r"step_\d+")
@@ -55,10 +56,10 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
     _agree(error, root)
     file = beside / f"rank_{rank:05d}.safetensors"
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
         entry = {"size": file.stat().st_size, "checksum": _checksum(file), "keys": sorted(tensors)}
         _write_json(file.with_suffix(".json"), entry)
-    except (OSError, SafetensorError) as failure:
+    except OSError as failure:
         error = _named(failure, file)
     try:
         _agree(error, root)
@@ -180,11 +181,9 @@ def _agree(error: OSError | None, root: Path) -> None:
         raise OSError(None, f"{int(failed)} other ranks could not write the checkpoint", str(root))
 
 
-def _named(failure: Exception, file: Path) -> OSError:
-    """The failure as an OSError that names its file: a full disk does not say where."""
-    if isinstance(failure, OSError):
-        return OSError(failure.errno, failure.strerror or str(failure), failure.filename or str(file))
-    return OSError(None, f"cannot be written ({failure})", str(file))
+def _named(failure: OSError, file: Path) -> OSError:
+    """The failure with the name of its file: a full disk does not say where."""
+    return OSError(failure.errno, failure.strerror or str(failure), failure.filename or str(file))
 
 
 def _place() -> tuple[int, int]:

@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from infra.tensor_file import save_tensors
 from model.config import ModelConfig, RopeScaling
 
 BLOCK = 128  # rows and columns that share an FP8 scale
@@ -217,7 +217,7 @@ def write_hugging_face(
 
     def flush() -> None:
         nonlocal shard, shard_bytes
-        save_file(shard, beside / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(shard, beside / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         shard, shard_bytes = {}, 0
 
@@ -244,8 +244,8 @@ def write_hugging_face(
         os.rename(beside, folder)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # a full disk, in other words
-            raise OSError(None, f"cannot be written ({error})", str(folder)) from None
+        if isinstance(error, OSError):  # the folder that was asked for, not the one beside it
+            raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
         raise
 
 

@@ -3,6 +3,8 @@
 import os
 import pickle
 import random
+import resource
+import stat
 
 import pytest
 import torch
@@ -74,7 +76,7 @@ def _save_with_one_full_disk(rank, world_size, root):
         def full(*_):
             raise OSError(28, "No space left on device", str(root))
 
-        checkpoint.save_file = full
+        checkpoint.save_tensors = full
     with pytest.raises(OSError, match="No space left" if rank == 1 else "other ranks could not write"):
         checkpoint.save(root, 4, _tensors(rank), {}, keep=1)
 
@@ -150,3 +152,28 @@ def test_a_planted_pickle_is_not_run(tmp_path):
         with pytest.raises(CheckpointError):
             Checkpoint(folder).verify()
         file.write_bytes(whole)
+
+
+def _mode(file) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    folder = checkpoint.save(tmp_path, 1, _tensors(0), {}, keep=1)
+    assert {_mode(file) for file in folder.iterdir()} == {_mode(tmp_path / "plain")}
+
+
+def _save_beyond_the_limit(rank, world_size, root):
+    if rank == 1:  # the kernel refuses to let a file grow, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    tensors = {f"rank{rank}.large": torch.ones(100_000)}
+    with pytest.raises(OSError, match="rank_00001.safetensors" if rank == 1 else "other ranks could not write"):
+        checkpoint.save(root, 4, tensors, {}, keep=1)
+
+
+def test_a_file_that_cannot_grow_fails_on_all_and_keeps_the_old(tmp_path):
+    run_ranks(3, _save_on_ranks, tmp_path)
+    run_ranks(3, _save_beyond_the_limit, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+    Checkpoint(tmp_path / "step_3").verify()
