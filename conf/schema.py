@@ -15,7 +15,7 @@ from infra.data import DataConfig
 from infra.lr import BatchRampConfig, LRConfig
 from infra.precision import PrecisionConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, check_choice
 
 
 @dataclass
@@ -25,12 +25,14 @@ class OptimConfig:
     lr: LRConfig = field(default_factory=LRConfig)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
+    moments: str = "fp32"  # fp32, or bf16 as in V3: 4 bytes a parameter less
     weight_decay: float = 0.1  # of matrices; vectors (norms) decay not
     clip: float = 1.0  # global gradient norm; 0: never
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optim.betas={self.betas}: expected two numbers in [0, 1)")
+        check_choice("optim.moments", self.moments, ("fp32", "bf16"))
         for name in ("eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:  # nan is refused too
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be at least 0")
@@ -54,6 +56,7 @@ class TrainConfig:
     mtp_late_share: float = 10 / 14.8
     bias_update_speed: float = 1e-3  # gamma
     bias_stop_share: float = 14.3 / 14.8  # gamma is 0 from there on
+    ema_decay: float = 0.0  # of a moving average of the parameters, in CPU memory; 0: none is kept
     eval_every: int = 0  # steps; 0: only at the end
     eval_samples: int = 16  # held-out sequences per evaluation; 0: none is made, and none are needed
     log_every: int = 10  # steps between console lines where standard output is no terminal
@@ -65,6 +68,8 @@ class TrainConfig:
         for name in ("eval_every", "eval_samples", "mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay={self.ema_decay} must be in [0, 1), say 0.999; 0 keeps no average")
 
 
 @dataclass

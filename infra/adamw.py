@@ -44,8 +44,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         slowest = 1 - torch.finfo(moment_dtype).eps / 2
         if max(betas) > slowest:
             raise ValueError(
-                f"betas={tuple(betas)}: moments of {moment_dtype} stand still with a beta above {slowest:.4f}: "
-                "choose a smaller one (V3 has 0.9 and 0.95), or FP32 moments"
+                f"optim.betas={list(betas)}: moments of {moment_dtype} stand still with a beta above {slowest:.4f}: "
+                "choose a smaller one (V3 has 0.9 and 0.95), or optim.moments=fp32"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.moment_dtype = moment_dtype

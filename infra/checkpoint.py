@@ -5,7 +5,8 @@
         index.json                   the meta data, and of every file its size, checksum and keys
 
 A key is a whole-model name (`master/model.layers.3.mlp.experts.7.up_proj.weight`), never a rank's: any other layout
-finds what it needs by name. Everything is written into a folder beside the target, which is renamed only when every
+finds what it needs by name. Ranks that share a tensor may write a part each, `KEY#START` from element START on; `KEY`
+then reads as one flat tensor. Everything is written into a folder beside the target, which is renamed only when every
 rank's file and the index are on disk; so a folder called `step_<n>` is whole, and a kill at any moment leaves the ones
 before it. Nothing is pickled: tensors are safetensors, the index is JSON.
 """
@@ -40,8 +41,8 @@ class CheckpointError(ValueError):
 def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
     """Writes `root/step_<step>`; collective over the world.
 
-    tensors: what this rank contributes; every key must come from exactly one rank. meta: JSON values, rank 0's count.
-    keep: how many checkpoints stay; older ones are removed once this one is whole.
+    tensors: what this rank contributes; every key, or part of one, must come from exactly one rank. meta: JSON values,
+    rank 0's count. keep: how many checkpoints stay; older ones are removed once this one is whole.
     Raises OSError on every rank when any rank could not write (a full disk); older checkpoints are untouched.
     """
     rank, world_size = _place()
@@ -116,6 +117,9 @@ class Checkpoint:
         self.meta: dict[str, Any] = index["meta"]
         self._files: dict[str, dict[str, Any]] = index["files"]
         self._file_of = {key: name for name, entry in self._files.items() for key in entry["keys"]}
+        self._parts_of: dict[str, list[str]] = {}
+        for part in sorted((key for key in self._file_of if "#" in key), key=lambda key: int(key.rpartition("#")[2])):
+            self._parts_of.setdefault(part.rpartition("#")[0], []).append(part)
 
     def verify(self) -> None:
         """Reads every byte. Raises CheckpointError naming the file that is missing, truncated or altered."""
@@ -130,12 +134,17 @@ class Checkpoint:
 
     @property
     def keys(self) -> set[str]:
-        return set(self._file_of)
+        """Of whole tensors, whether written whole or in parts."""
+        return {key for key in self._file_of if "#" not in key} | set(self._parts_of)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of `keys`, on the CPU. Raises CheckpointError for a key that is not here."""
+        """The tensors of `keys`, on the CPU; one that was written in parts is flat.
+
+        Raises CheckpointError for a key that is not here.
+        """
+        parts_of = {key: self._parts_of.get(key, [key]) for key in keys}
         by_file: dict[str, list[str]] = {}
-        for key in keys:
+        for key in (part for parts in parts_of.values() for part in parts):
             if key not in self._file_of:
                 raise CheckpointError(f"{self.folder} has no {key}: it was made by another model")
             by_file.setdefault(self._file_of[key], []).append(key)
@@ -143,7 +152,17 @@ class Checkpoint:
         for name, names in by_file.items():
             with safe_open(self.folder / name, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in names}
-        return tensors
+        return {key: self._joined(parts, tensors) for key, parts in parts_of.items()}
+
+    def _joined(self, parts: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
+        if "#" not in parts[0]:
+            return tensors[parts[0]]
+        end = 0
+        for part in parts:
+            if int(part.rpartition("#")[2]) != end:
+                raise CheckpointError(f"{self.folder}: the part before {part} is missing")
+            end += tensors[part].numel()
+        return torch.cat([tensors[part] for part in parts])
 
 
 def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) -> None:

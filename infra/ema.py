@@ -26,7 +26,8 @@ from torch import Tensor
 class Ema:
     """Averages of `sources`, which all live on one device; starts from their present values.
 
-    sources: tensors of any shape, FP32 or wider. decay: the share of the old average that a step keeps, in [0, 1).
+    sources: tensors of any shape, FP32 or wider; none: there is nothing to average, and nothing is done.
+    decay: the share of the old average that a step keeps, in [0, 1).
     """
 
     def __init__(self, sources: Sequence[Tensor], decay: float) -> None:
@@ -46,6 +47,8 @@ class Ema:
     def update(self) -> None:
         """Starts averaging the sources as they are now. Waits first if the last update is not finished."""
         self.wait()
+        if not self.sources:
+            return
         event = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -73,6 +76,11 @@ class Ema:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+
+    def restart(self) -> None:
+        """Starts anew from the sources as they are now."""
+        for average, source in zip(self.averages, self.sources, strict=True):
+            average.copy_(source)
 
     @property
     def averages(self) -> list[Tensor]:

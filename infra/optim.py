@@ -11,12 +11,21 @@ linear layers add into `main_grad` themselves; for all other parameters a hook m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from infra.adamw import LowPrecisionAdamW
+
+# What the optimizer's moments are kept in, and the AdamW that does so.
+MOMENTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "fp32": partial(torch.optim.AdamW, fused=True),
+    "bf16": LowPrecisionAdamW,
+}
 
 
 @dataclass
@@ -62,6 +71,12 @@ class Bucket:
             param.main_grad = grads[name]  # type: ignore[attr-defined]
             param.register_post_accumulate_grad_hook(_add_to_main_grad)
         return params
+
+    @property
+    def share(self) -> slice:
+        """The part of the flat tensors that falls to this copy, where the copies share out what one of them can do."""
+        size = -(-self.grad.numel() // self.num_copies)
+        return slice(self.copy * size, (self.copy + 1) * size)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """`flat` (any tensor laid out like `master`) cut into one view a parameter, by whole-model name."""
@@ -111,16 +126,22 @@ def clip_gradients(buckets: Iterable[Bucket], norm: float, max_norm: float) -> N
             bucket.grad.mul_(max_norm / norm)
 
 
-def make_adamw(buckets: Sequence[Bucket], lr: float, betas: Sequence[float], eps: float) -> torch.optim.AdamW:
-    """AdamW over the flat master weights: one parameter group, in effect one fused kernel, a bucket."""
+def make_adamw(
+    buckets: Sequence[Bucket], lr: float, betas: Sequence[float], eps: float, moments: str = "fp32"
+) -> torch.optim.Optimizer:
+    """AdamW over the flat master weights: one parameter group, in effect one fused kernel, a bucket.
+
+    moments: one of `MOMENTS`; fp32 stands for the dtype of the master weights.
+    """
     groups = [{"params": [b.master], "weight_decay": b.weight_decay} for b in buckets]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+    optimizer = MOMENTS[moments](groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
     for b in buckets:  # what AdamW would make in its first step: a checkpoint may fill it before
         step = torch.zeros((), dtype=torch.float32, device=b.device)
+        dtype = torch.bfloat16 if moments == "bf16" else b.accumulation_dtype
         optimizer.state[b.master] = {
             "step": step,
-            "exp_avg": torch.zeros_like(b.master),
-            "exp_avg_sq": torch.zeros_like(b.master),
+            "exp_avg": torch.zeros_like(b.master, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(b.master, dtype=dtype),
         }
     return optimizer
 

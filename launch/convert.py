@@ -28,19 +28,22 @@ from model.config import ModelConfig
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
 from model.transformer import Transformer
 from parallel import state
+from parallel.config import check_choice
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass
 class ConvertConfig:
-    """Folders, and the dtype of exported weights."""
+    """Folders, which weights are exported (`master`, or `ema`, their moving average), and their dtype."""
 
     source: str = MISSING
     target: str = MISSING
+    weights: str = "master"
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        check_choice("weights", self.weights, state.WEIGHTS)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is '{self.dtype}'; known: {', '.join(DTYPES)}")
 
@@ -73,7 +76,7 @@ def from_hugging_face(source: Path, root: Path) -> Path:
     return checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
 
 
-def to_hugging_face(source: Path, target: Path, dtype: torch.dtype) -> None:
+def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str = "master") -> None:
     """Writes `target` from the weights of a training checkpoint.
 
     Raises:
@@ -82,7 +85,8 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype) -> None:
     ours = checkpoint.Checkpoint(source)
     config = state.model_config(ours)
     shapes = names_and_shapes(config)
-    tensors = ((n, state.whole_tensor(ours, n, shape)) for n, shape in track(shapes.items(), description="writing"))
+    names = track(shapes.items(), description="writing")
+    tensors = ((n, state.whole_tensor(ours, n, shape, weights)) for n, shape in names)
     write_hugging_face(target, config, tensors, dtype)
 
 
@@ -114,7 +118,7 @@ def main(composed: DictConfig) -> None:
             f"source={source} is no checkpoint: it has neither config.json (Hugging Face's) nor index.json (a run's "
             "step_<n>), and is no run folder with checkpoints"
         )
-    to_hugging_face(ours, target, DTYPES[config.dtype])
+    to_hugging_face(ours, target, DTYPES[config.dtype], config.weights)
     print(f"wrote {target} from {ours}")
 
 

@@ -25,14 +25,19 @@ from infra.tokenizer import load_tokenizer
 from launch.errors import one_line_errors
 from model.generate import generate
 from model.transformer import Transformer
-from parallel.state import whole_model
+from parallel.config import check_choice
+from parallel.state import WEIGHTS, whole_model
 
 
 @dataclass
 class GenerateConfig:
-    """checkpoint: a run folder, or one of its checkpoints. temperature: 0 always takes the likeliest token."""
+    """checkpoint: a run folder, or one of its checkpoints. temperature: 0 always takes the likeliest token.
+
+    weights: `master`, or `ema`, their moving average.
+    """
 
     checkpoint: str = MISSING
+    weights: str = "master"
     prompt: str = "def "
     num_tokens: int = 200
     temperature: float = 0.7
@@ -40,6 +45,7 @@ class GenerateConfig:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("weights", self.weights, WEIGHTS)
         if not self.prompt:
             raise ValueError("prompt is empty: give at least one character")
         if self.num_tokens < 1 or self.temperature < 0:
@@ -58,9 +64,9 @@ def find(folder: Path) -> Path:
     return newest
 
 
-def load(folder: Path) -> Transformer:
+def load(folder: Path, weights: str) -> Transformer:
     """The whole model on this process, in float32."""
-    return whole_model(checkpoint.Checkpoint(folder)).eval()
+    return whole_model(checkpoint.Checkpoint(folder), weights).eval()
 
 
 ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
@@ -75,7 +81,7 @@ def main(composed: DictConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer or folder.parent.parent / "tokenizer.json")
     prompt_L = torch.tensor(tokenizer.encode([config.prompt])[0].astype("int64"))
     tokens_BL = generate(
-        load(folder),
+        load(folder, config.weights),
         prompt_L[None],
         config.num_tokens,
         config.temperature,

@@ -21,6 +21,7 @@ from conf.schema import Config, TrainConfig
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
 from infra.distributed import World, any_rank, largest
+from infra.ema import Ema
 from infra.optim import clip_gradients, global_grad_norm, make_adamw, reduce_gradients, update
 from model.moe import updated_bias
 from parallel import state
@@ -71,7 +72,11 @@ class Trainer:
             weight_decay=config.optim.weight_decay,
             microbatch=(train.microbatch_size, config.data.sequence_length),
         )
-        self.optimizer = make_adamw(self.replica.buckets, config.optim.lr.peak, config.optim.betas, config.optim.eps)
+        buckets, optim = self.replica.buckets, config.optim
+        self.optimizer = make_adamw(buckets, optim.lr.peak, optim.betas, optim.eps, optim.moments)
+        # Each copy of a parameter averages its share, so that all ranks together hold one average.
+        averaged = [bucket.master.data[bucket.share] for bucket in buckets] if train.ema_decay else []
+        self.ema = Ema(averaged, train.ema_decay)
         pp = self.mesh.pp
         up, down = self.mesh.group(mesh_config.partition("pp")).pg, self.mesh.group(mesh_config.partition("pp")).pg
         everyone = tuple(range(world.size))
@@ -97,7 +102,9 @@ class Trainer:
         comm_times = self._comm_times(time.perf_counter() - computed)
         norm = global_grad_norm(self.replica.buckets, self.world.size)
         clip_gradients(self.replica.buckets, norm, config.optim.clip)
+        self.ema.before_step()
         update(self.replica.buckets, self.optimizer, rate)
+        self.ema.update()  # behind the next step
         if share < config.train.bias_stop_share:
             bias_LE = self.replica.bias_LE  # a layer that routes nothing has a load, and so a change, of zero
             bias_LE.copy_(updated_bias(bias_LE, load_LE.to(bias_LE.device), config.train.bias_update_speed))
@@ -210,14 +217,14 @@ class Trainer:
     def save(self, root: Path) -> Path:
         """Writes a checkpoint of this moment under `root`."""
         meta = {"samples": self.samples, "tokens": self.tokens, "model": asdict(self.config.model)}
-        tensors = state.saved(self.replica, self.optimizer, self.world.rank)
+        tensors = state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
         return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
 
     def load(self, folder: Path) -> None:
         """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""
         saved = checkpoint.Checkpoint(folder)
         check_same_model(saved, asdict(self.config.model))
-        state.load(saved, self.replica, self.optimizer, saved.meta["step"])
+        state.load(saved, self.replica, self.optimizer, self.ema, saved.meta["step"])
         self.step, self.samples, self.tokens = (saved.meta[k] for k in ("step", "samples", "tokens"))
 
     def asked_to_stop(self) -> bool:

@@ -98,7 +98,8 @@ class StateBytes:
 
 
 def state_bytes(groups: list[Group], precision: str, zero_stage: int, moments: str, ema: bool) -> StateBytes:
-    """Of the groups of one rank. moments: fp32 or bf16 (V3). With zero_stage=1 each copy keeps its part of the states.
+    """Of the groups of one rank. moments: fp32 or bf16 (V3). With zero_stage=1 each copy keeps its part of the states;
+    of the EMA it always does.
 
     The masters are FP32; runs in FP32 compute with them, so their weights take no memory of their own.
     """
@@ -106,11 +107,12 @@ def state_bytes(groups: list[Group], precision: str, zero_stage: int, moments: s
     computing = {"fp64": 0, "fp32": 0}.get(precision, 2)
     each_moment = {"fp32": accumulation, "bf16": 2}[moments]
     num_params = sum(group.num_params for group in groups)
-    parts = [-(-group.num_params // (group.copies if zero_stage else 1)) for group in groups]
+    shares = [-(-group.num_params // group.copies) for group in groups]
+    parts = shares if zero_stage else [group.num_params for group in groups]
     return StateBytes(
         num_params=num_params,
         weights=num_params * computing,
         gradients=num_params * accumulation,
         optimizer=sum(parts) * (accumulation + 2 * each_moment),
-        ema_host=sum(parts) * accumulation if ema else 0,
+        ema_host=sum(shares) * accumulation if ema else 0,
     )

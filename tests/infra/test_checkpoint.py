@@ -31,6 +31,19 @@ def test_what_is_saved_is_read(tmp_path):
         assert read[name].dtype == tensor.dtype
 
 
+def test_parts_are_read_as_one(tmp_path):
+    whole = torch.arange(12.0)
+    parts = {"a": torch.ones(2, 2), "x#10": whole[10:], "x#0": whole[:3], "x#3": whole[3:10]}
+    saved = Checkpoint(checkpoint.save(tmp_path, 1, parts, {}, keep=1))
+    assert saved.keys == {"a", "x"}
+    read = saved.read(["a", "x"])
+    assert torch.equal(read["x"], whole)
+    assert torch.equal(read["a"], parts["a"])
+    del parts["x#3"]
+    with pytest.raises(CheckpointError, match="the part before x#10 is missing"):
+        Checkpoint(checkpoint.save(tmp_path, 2, parts, {}, keep=1)).read(["x"])
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(tmp_path, step, _tensors(0), {}, keep=2)

@@ -86,7 +86,12 @@ def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys):
     assert len(greedy) > len("document 7\n")
     assert generated(monkeypatch, capsys, *options, "temperature=0", "seed=1") == greedy
     assert generated(monkeypatch, capsys, *options, "temperature=2", "seed=1") != greedy
-    for wrong, words in (("checkpoint=/nowhere", "neither a checkpoint nor"), ("num_tokens=0", "num_tokens=0")):
+    for wrong, words in (
+        ("checkpoint=/nowhere", "neither a checkpoint nor"),
+        ("num_tokens=0", "num_tokens=0"),
+        ("weights=best", "weights=best: expected one of master, ema"),
+        ("weights=ema", "holds no averages"),
+    ):
         with pytest.raises(SystemExit, match=f"error: .*{words}"):
             generated(monkeypatch, capsys, *options, wrong)
 
@@ -142,6 +147,9 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
         (["train.eval_samples=-1"], "train.eval_samples=-1"),
         (["optim.weight_decay=-1"], "optim.weight_decay=-1"),
         (["optim.clip=nan"], "optim.clip=nan"),
+        (["optim.moments=fp8"], "optim.moments=fp8"),
+        (["optim.moments=bf16", "optim.betas=[0.9,0.999]"], "optim.betas=[0.9, 0.999]"),
+        (["train.ema_decay=1"], "train.ema_decay=1"),
         (["train.eval_samples=3", "train.microbatch_size=2"], "train.eval_samples=3"),
         (["data.sequence_length=20000"], "(train) holds"),
         (["train.batch_ramp.start=3", "train.microbatch_size=2"], "train.batch_ramp.start=3 does not divide"),

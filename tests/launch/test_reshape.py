@@ -30,7 +30,7 @@ def _load_and_step(rank, world_size, config, folder):
     trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
     trainer.load(folder)
     saved = Checkpoint(folder)
-    for key, tensor in held(trainer.replica, trainer.optimizer).items():
+    for key, tensor in held(trainer.replica, trainer.optimizer, trainer.ema).items():
         assert torch.equal(tensor, saved.read([key])[key]), key
     return [trainer.train_step()[0]["loss"] for _ in range(2)]
 

@@ -94,29 +94,33 @@ def _save_and_go_on(rank, world_size, config, root):
     for _ in range(4):
         trainer.train_step()
     trainer.save(root)
-    return [trainer.train_step()[0] for _ in range(4)]
+    return [trainer.train_step()[0] for _ in range(4)], [t.tolist() for t in trainer.ema.averages]
 
 
 def _load_and_go_on(rank, world_size, config, root):
     trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
     trainer.load(root / "step_4")
-    return [trainer.train_step()[0] for _ in range(4)]
+    return [trainer.train_step()[0] for _ in range(4)], [t.tolist() for t in trainer.ema.averages]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_identical_in_a_ramp_and_a_cosine_under_a_pipeline(data, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "moments", "decay"), [("fp32", "fp32", 0.0), ("bf16", "bf16", 0.9)])
+def test_resume_is_bit_identical_in_a_ramp_and_a_cosine_under_a_pipeline(data, tmp_path, precision, moments, decay):
     ramp = BatchRampConfig(start=4, share=0.6, multiple_of=4)
     layout = {"pp": 2, "schedule": "dualpipe", "precision": precision}
     settings = config(
         data, steps=9, train={"global_batch_size": 16, "batch_ramp": ramp, "microbatch_size": 2}, **layout
     )
+    settings.optim.moments, settings.train.ema_decay = moments, decay
     settings.optim.lr.constant_until = 0.3
     unbroken = run_ranks(2, _save_and_go_on, settings, tmp_path)
     resumed = run_ranks(2, _load_and_go_on, settings, tmp_path)
-    for before, after in zip(unbroken[0], resumed[0], strict=True):
+    records = unbroken[0][0]
+    for before, after in zip(records, resumed[0][0], strict=True):
         assert {k: v for k, v in after.items() if k not in TIMES} == {k: v for k, v in before.items() if k not in TIMES}
-    assert len({record["batch_size"] for record in unbroken[0]}) > 1
-    assert len({record["lr"] for record in unbroken[0]}) > 1
+    assert [averages for _, averages in resumed] == [averages for _, averages in unbroken]
+    assert any(averages for _, averages in unbroken) == (decay > 0)
+    assert len({record["batch_size"] for record in records}) > 1
+    assert len({record["lr"] for record in records}) > 1
 
 
 def _bytes_around_an_evaluation(rank, world_size, config):
