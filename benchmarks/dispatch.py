@@ -18,14 +18,9 @@ the same rows, by `index_add_` and by `embedding_bag` (faster on a CPU, and what
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +33,8 @@ from rich.table import Table
 from torch import Tensor
 
 from infra import distributed
+from measuring.cluster import from_rank, on_cluster
+from measuring.ratios import ratios, setting, shown
 from model.config import ModelConfig
 from model.moe import MLP, Experts, Router
 from parallel.expert import DISPATCHERS
@@ -65,11 +62,6 @@ def model_config(num_experts: int, n_group: int, topk_group: int) -> ModelConfig
         n_group=n_group,
         topk_group=topk_group,
     )
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return median, first, third
 
 
 # On the ranks of an emulated cluster
@@ -221,31 +213,17 @@ def measure_one_rank(rounds: int) -> dict[str, dict[str, list[float]]]:
     return results
 
 
-def on_cluster(nodes: int, ranks_per_node: int, rate: str, words: list[str]) -> dict:
-    """Runs this script as the ranks of an emulated cluster and returns what rank 0 wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rank0.json"
-        options = [f"nodes={nodes}", f"ranks_per_node={ranks_per_node}", f"link.rate={rate}"]
-        emulate = Path(__file__).parents[1] / "launch" / "emulate.py"
-        command = [sys.executable, str(emulate), *options, "--", __file__, "--out", str(out), *words]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        return json.loads(out.read_text())
-
-
-def cluster_table(name: str, rate: str, results: dict[str, dict]) -> Table:
-    table = Table(title=f"{name}, links of {rate}: MoE layer, forward + backward")
+def cluster_table(name: str, rate: float, results: dict[str, dict]) -> Table:
+    table = Table(title=f"{name}, links of {rate / 1e6:.0f} Mbit/s: MoE layer, forward + backward")
     for column in ("dispatcher", "ms", "faster than flat", "MB on links", "MB in theory", "links / theory", "of flat"):
         table.add_column(column, justify="right")
     flat = results["all_to_all"]
     for variant, result in results.items():
-        ratio, low, high = quartiles([f / s for f, s in zip(flat["seconds"], result["seconds"], strict=True)])
         on_links, in_theory = result["bytes_on_links"], result["bytes_in_theory"]
         table.add_row(
             variant,
             f"{statistics.median(result['seconds']) * 1e3:.0f}",
-            f"{ratio:.2f} ({low:.2f}-{high:.2f})",
+            shown(ratios(flat["seconds"], result["seconds"]), 2),
             f"{on_links / 1e6:.2f}",
             f"{in_theory / 1e6:.2f}",
             f"{on_links / in_theory:.3f}",
@@ -266,19 +244,18 @@ def main() -> None:
     if options.rank:
         what, *numbers = options.rank
         result: dict = measure_inside() if what == "inside" else measure_cluster(*map(int, numbers))
-        if os.environ["RANK"] == "0":
-            options.out.write_text(json.dumps(result))
+        from_rank(result, options.out)
         return
 
     console = Console(width=130)
     clusters, rates = {}, {}
     for nodes, ranks_per_node, num_experts, topk_group in [CLUSTERS[i] for i in options.clusters]:
-        inside = on_cluster(nodes, 2, "1gbit", ["--rank", "inside"])["bits_per_second"]
-        rate = f"{inside / SLOWER / 1e6:.0f}mbit"
-        console.print(f"{nodes} nodes: inside each {inside / 1e9:.1f} Gbit/s, so links of {rate}")
-        words = ["--rank", "cluster", str(num_experts), str(topk_group), str(options.rounds)]
+        inside = on_cluster(__file__, nodes, 2, 1e9, ["inside"])["bits_per_second"]
+        rate = inside / SLOWER
+        console.print(f"{nodes} nodes: inside each {inside / 1e9:.1f} Gbit/s, so links of {rate / 1e6:.0f} Mbit/s")
+        words = ["cluster", num_experts, topk_group, options.rounds]
         name = f"{nodes} nodes x {ranks_per_node} ranks, {num_experts} experts, top-8 on at most {topk_group} nodes"
-        clusters[name] = on_cluster(nodes, ranks_per_node, rate, words)
+        clusters[name] = on_cluster(__file__, nodes, ranks_per_node, rate, words)
         rates[name] = rate
         console.print(cluster_table(name, rate, clusters[name]))
     one_rank = measure_one_rank(options.rounds)
@@ -287,14 +264,12 @@ def main() -> None:
         table.add_column(column, justify="right")
     for dtype, times in one_rank.items():
         for name, seconds in times.items():
-            pairs = zip(times["dispatch + combine"], seconds, strict=True)
-            ratio, low, high = quartiles([ours / bare for ours, bare in pairs])
             milliseconds = f"{statistics.median(seconds) * 1e3:.2f}"
-            table.add_row(dtype, name, milliseconds, f"{ratio:.2f} ({low:.2f}-{high:.2f})")
+            table.add_row(dtype, name, milliseconds, shown(ratios(times["dispatch + combine"], seconds), 2))
     console.print(table)
-    hardware = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    report = {"date": datetime.date.today().isoformat(), "hardware": hardware, "links": rates}
-    options.out.write_text(json.dumps(report | {"clusters": clusters, "one_rank": one_rank}, indent=1))
+    options.out.write_text(
+        json.dumps(setting() | {"links": rates, "clusters": clusters, "one_rank": one_rank}, indent=1)
+    )
     console.print(f"written to {options.out}")
 
 

@@ -1,0 +1,179 @@
+"""How near a pipeline of two ranks comes to twice one process, with real computing, beside torch's schedules.
+
+    python benchmarks/executor_computing.py [--turns 5] [--out FILE]
+
+4 dense layers a rank, 2 ranks, 8 microbatches of 4 x 256 tokens, one thread a rank: tokens a second over twice those of
+one process that runs the whole model. torch's side has `nn.Linear` in place of ours, since its
+zero-bubble schedules take autograd's graph apart; everything else is the same modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from measuring.ratios import quartiles, ratios, setting
+from measuring.torch_schedules import our_executor, torch_step
+from model.block import Block
+from model.config import ModelConfig
+from model.linear import Linear
+from parallel.pipeline.executor import Phases
+from parallel.pipeline.p2p import Spec
+from parallel.pipeline.phases import Compute
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.weight_grad import WeightGrads
+from tests.ranks import run_ranks
+
+LAYERS, HIDDEN, LENGTH, PER_MICROBATCH, MICROBATCHES, RANKS = 4, 256, 256, 4, 8, 2
+MODEL = ModelConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=2 * HIDDEN,
+    num_hidden_layers=LAYERS * RANKS,
+    first_k_dense_replace=LAYERS * RANKS - 1,  # a config must have an expert; here every block is dense
+    num_nextn_predict_layers=0,
+    num_attention_heads=8,
+    q_lora_rank=None,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    rope_scaling=None,
+)
+
+
+def layers_of(stage: int, num_stages: int, plain: bool) -> list[Block]:
+    """The blocks of one stage; plain: with `nn.Linear`."""
+    blocks = [Block(MODEL, is_moe=False) for _ in range(MODEL.num_hidden_layers // num_stages)]
+    for block in blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if plain and isinstance(child, Linear):
+                    out_features, in_features = child.weight.shape
+                    setattr(module, name, nn.Linear(in_features, out_features, bias=False))
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return blocks
+
+
+class Layers(nn.Module):
+    """Blocks as one module, for torch's schedules and for one process."""
+
+    def __init__(self, blocks: list[Block]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).h_BLD
+        return x
+
+
+class LayersStage:
+    """Blocks as a stage of ours; the loss is the sum of the output."""
+
+    def __init__(self, stage: int, num_stages: int, batch_MBLD: Tensor):
+        blocks = layers_of(stage, num_stages, plain=False)
+        self.is_first, self.is_last, self.batch_MBLD = stage == 0, stage == num_stages - 1, batch_MBLD
+        self.output = Spec(tuple(batch_MBLD.shape[1:]), batch_MBLD.dtype)
+        layers = Layers(blocks)
+        self.phase = Compute("layers", ("x",), ("y",), lambda x: (layers(x),))
+        self.saved: dict[int, Any] = {}
+        self.weight_grads = WeightGrads()
+        for layer in layers.modules():
+            if isinstance(layer, Linear):
+                layer.weight_grad = self.weight_grads
+
+    def forward(self, mb: int, x: Tensor | None) -> Phases:
+        yield "layers"
+        (y,), self.saved[mb] = self.phase.forward([self.batch_MBLD[mb] if x is None else x], True)
+        return y
+
+    def backward(self, mb: int, grad: Tensor | None, split: bool) -> Phases:
+        yield "layers"
+        grad = torch.ones(self.output.shape) if grad is None else grad
+        with self.weight_grads.deferred(mb) if split else nullcontext():
+            (dx,) = self.phase.backward(self.saved.pop(mb), [grad])
+        return None if self.is_first else dx
+
+    def weight_grad(self, mb: int) -> None:
+        self.weight_grads.run(mb)
+
+
+def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
+    """On every rank: seconds of each turn of one process (rank 0 alone), of ours and of torch's schedules."""
+    groups = (dist.new_group(), dist.new_group())
+    batch_MBLD = torch.randn(MICROBATCHES, PER_MICROBATCH, LENGTH, HIDDEN)
+    whole = Layers(layers_of(0, 1, plain=True))
+
+    def alone() -> None:
+        if rank == 0:
+            for x in batch_MBLD:
+                whole(x.requires_grad_()).sum().backward()
+
+    steps: dict[str, Callable[[], None]] = {"one process": alone}
+    for name in ("1f1b", "zbv", "dualpipe"):
+        schedule = SCHEDULES[name](pp, MICROBATCHES)
+        stages = {s: LayersStage(s, schedule.num_stages, batch_MBLD) for s in schedule.stages_of(rank)}
+        steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
+    batch = batch_MBLD.flatten(0, 1).detach().requires_grad_()
+    for name in ("torch 1F1B", "torch ZBVZeroBubble", "torch DualPipeV"):
+        steps[name] = torch_step(name, rank, pp, MICROBATCHES, _plain_layers, batch)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            if turn:  # the first is to warm up
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def _plain_layers(stage: int, num_stages: int) -> nn.Module:
+    return Layers(layers_of(stage, num_stages, plain=True))
+
+
+def computing(turns: int, console: Console) -> list[dict[str, Any]]:
+    """Tokens a second of each schedule over twice those of one process, by turn; the median and the quartiles."""
+    ranks = run_ranks(RANKS, computing_rank, turns, timeout=600)
+    alone = ranks[0].pop("one process")
+    tokens = MICROBATCHES * PER_MICROBATCH * LENGTH
+    one_process = tokens / statistics.median(alone)
+    title = f"{RANKS} ranks, {LAYERS} layers each, against {RANKS} x one process's {one_process:.0f} tokens/s"
+    table = Table("schedule", "tokens/s", "of twice one process", "quartiles", title=title)
+    rows = []
+    for name in ranks[0]:
+        seconds = [max(rank[name][turn] for rank in ranks) for turn in range(turns)]
+        middle, low, high = quartiles([share / RANKS for share in ratios(alone, seconds)])
+        rows.append(
+            {"schedule": name, "tokens_per_second": tokens / statistics.median(seconds), "share": [low, middle, high]}
+        )
+        table.add_row(name, f"{rows[-1]['tokens_per_second']:.0f}", f"{middle:.1%}", f"{low:.1%} to {high:.1%}")
+    console.print(table)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("executor_computing.json"))
+    args = parser.parse_args()
+    console = Console(width=130)
+    args.out.write_text(json.dumps(setting() | {"rows": computing(args.turns, console)}, indent=1))
+    console.print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What the executor costs: a step of every schedule over the time that its work alone would take, beside torch's.
+
+    python benchmarks/executor_sleeping.py [--pp 4 8] [--microbatches 8 16 32] [--costs 20/20/20 ...] [--turns 3]
+
+Stages sleep through their F, I and W, so that a machine with few cores can play many ranks; real tensors travel through
+gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there. An
+operation is one sleep; what it costs beyond the ideal is `over`, and what sleeping itself overshoots, measured in the
+same sleeps, is `of that sleep`. Ours and those of torch.distributed.pipelining run in turn, in the same processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from measuring.ratios import setting
+from measuring.torch_schedules import CPU, LIKE, TORCH, our_executor, torch_step
+from parallel.pipeline.p2p import Spec
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.simulate import Costs, simulate
+from parallel.pipeline.synthetic import SyntheticStage
+from tests.ranks import run_ranks
+
+Times = tuple[float, float, float]  # F, I, W of 1/PP of the model, seconds
+SPEC = Spec((16, 16), torch.float32)  # what travels
+
+
+@dataclass
+class Sleeper:
+    """`time.sleep` that counts by how much it overshoots."""
+
+    overshoot: float = 0.0
+    num_sleeps: int = 0
+
+    def __call__(self, seconds: float) -> None:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        self.overshoot += time.perf_counter() - began - seconds
+        self.num_sleeps += 1
+
+
+def wake_on_time() -> None:
+    """Asks Linux to end this process's sleeps to the nanosecond; by default it gathers wake-ups of 50 us into one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)  # PR_SET_TIMERSLACK
+
+
+# torch's side: the same sleeps as autograd functions that its schedules can tell apart
+
+
+class _InputGrad(torch.autograd.Function):
+    """Forward takes F, backward takes I."""
+
+    @staticmethod
+    def forward(ctx, x, sleeper, f, i):
+        ctx.sleeper, ctx.i = sleeper, i
+        sleeper(f)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.sleeper(ctx.i)
+        return grad, None, None, None
+
+
+class _WeightGrad(torch.autograd.Function):
+    """Backward takes W."""
+
+    @staticmethod
+    def forward(ctx, weight, sleeper, w):
+        ctx.sleeper, ctx.w = sleeper, w
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.sleeper(ctx.w)
+        return grad, None, None
+
+
+class SleepingModule(nn.Module):
+    def __init__(self, times: Times, sleeper: Sleeper):
+        super().__init__()
+        self.times, self.sleeper = times, sleeper
+        self.weight = nn.Parameter(torch.ones(SPEC.shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        f, i, w = self.times
+        return _InputGrad.apply(x, self.sleeper, f, i) * _WeightGrad.apply(self.weight, self.sleeper, w)
+
+
+def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns: int) -> dict[str, Any]:
+    """On every rank: for each schedule, the seconds of each turn and what each sleep overshot in it."""
+    wake_on_time()
+    groups = (dist.new_group(), dist.new_group())
+    sleeper = Sleeper()
+    steps: dict[str, Callable[[], None]] = {}
+    for name, make in SCHEDULES.items():
+        schedule = make(pp, num_microbatches)
+        parts = [time * pp / schedule.num_stages for time in times]
+        held = schedule.stages_of(rank)
+        stages = {s: SyntheticStage(*parts, SPEC, CPU, sleeper) for s in held}
+        steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
+    batch = torch.zeros(num_microbatches * SPEC.shape[0], SPEC.shape[1], requires_grad=True)
+    for name in TORCH:
+
+        def module_of(stage: int, num_stages: int) -> nn.Module:
+            f, i, w = (time * pp / num_stages for time in times)
+            return SleepingModule((f, i, w), sleeper)
+
+        try:
+            steps[name] = torch_step(name, rank, pp, num_microbatches, module_of, batch)
+        except ValueError:
+            continue  # this schedule does not take so few microbatches
+    results: dict[str, Any] = {name: {"seconds": [], "overshoot": [], "num_sleeps": 0} for name in steps}
+    for turn in range(turns + 1):
+        for name, step in steps.items():
+            sleeper.overshoot, sleeper.num_sleeps = 0.0, 0
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            if not turn:
+                continue  # the first is to warm up
+            results[name]["seconds"].append(time.perf_counter() - began)
+            results[name]["overshoot"].append(sleeper.overshoot / sleeper.num_sleeps)
+            results[name]["num_sleeps"] = sleeper.num_sleeps
+    return results
+
+
+def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[dict[str, Any]]:
+    """One row a schedule. The time of a turn is that of its slowest rank; of the turns, the median."""
+    ranks = run_ranks(pp, sleeping_rank, num_microbatches, times, turns, timeout=600)
+    rows = []
+    for name in ranks[0]:
+        schedule = SCHEDULES[LIKE.get(name, name)](pp, num_microbatches)
+        ideal = simulate(schedule, Costs(*times)).step_time
+        seconds = [max(rank[name]["seconds"][turn] for rank in ranks) for turn in range(turns)]
+        overshoot = statistics.mean(value for rank in ranks for value in rank[name]["overshoot"])
+        median = statistics.median(seconds)
+        num_sleeps = statistics.mean(rank[name]["num_sleeps"] for rank in ranks)
+        rows.append(
+            {
+                "schedule": name,
+                "pp": pp,
+                "num_microbatches": num_microbatches,
+                "times_ms": [1e3 * time for time in times],
+                "ideal_ms": 1e3 * ideal,
+                "step_ms": 1e3 * median,
+                "ratio": median / ideal,
+                "ratios": [value / ideal for value in seconds],
+                "over_ms": 1e3 * (median - ideal) / num_sleeps,
+                "sleep_ms": 1e3 * overshoot,
+            }
+        )
+    return rows
+
+
+def show_sleeping(rows: list[dict[str, Any]], console: Console) -> None:
+    first = rows[0]
+    times = "/".join(f"{time:g}" for time in first["times_ms"])
+    title = f"PP {first['pp']}, {first['num_microbatches']} microbatches, F/I/W {times} ms"
+    table = Table("schedule", "ideal", "step", "of ideal", "over, an operation", "of that sleep", title=title)
+    for row in rows:
+        table.add_row(
+            row["schedule"],
+            f"{row['ideal_ms']:.0f} ms",
+            f"{row['step_ms']:.0f} ms",
+            f"{row['ratio']:.3f}",
+            f"{row['over_ms']:.2f} ms",
+            f"{row['sleep_ms']:.2f} ms",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pp", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[16])
+    parser.add_argument("--costs", nargs="+", default=["20/20/20", "20/21/13", "15/15/30"], help="F/I/W in ms")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("executor_sleeping.json"))
+    args = parser.parse_args()
+    console = Console(width=130)
+    rows: list[dict[str, Any]] = []
+    for pp, costs, num_microbatches in product(args.pp, args.costs, args.microbatches):
+        f, i, w = (float(part) / 1e3 for part in costs.split("/"))
+        shape = sleeping(pp, num_microbatches, (f, i, w), args.turns)
+        show_sleeping(shape, console)
+        rows += shape
+    args.out.write_text(json.dumps(setting() | {"rows": rows}, indent=1))
+    console.print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A training step of one pipeline, timed, and the share of its communication that computing hid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.expert.dispatcher import Dispatcher
+from parallel.mesh import Mesh
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.executor import Executor
+from parallel.pipeline.p2p import P2P
+from parallel.pipeline.passes import lower
+from parallel.pipeline.stage import BatchScale, TransformerStage
+
+WEIGHTS = {"lm_loss": 1.0, "mtp_loss": 0.0, "balance_loss": 0.0}
+
+
+class PipelinedStep:
+    """One way to run a step, and what was measured of it.
+
+    Hidden is 1 - exposed / communication in the pairs: the part of the lane's time in which its rank did not stand
+    still.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stages: Mapping[int, TransformerStage],
+        mesh: Mesh,
+        dispatcher: Dispatcher,
+        overlap: bool,
+    ):
+        up, down = (mesh.group(mesh.config.partition("pp")).pg for _ in range(2))
+        p2p = P2P(mesh.pp.ranks, mesh.pp.rank, up, down, torch.device("cpu"))
+        program = lower(schedule).programs[mesh.at.pp]
+        self.executor = Executor(schedule, program, mesh.at.pp, stages, p2p, overlap)
+        self.stages, self.dispatcher = stages, dispatcher
+        self.seconds: list[float] = []
+        self.hidden: list[float] = []
+        self.comm: list[float] = []
+        self.bytes_sent: list[int] = []
+
+    def run(self, tokens_MBL: Tensor) -> None:
+        """Seconds are those of the slowest rank; what is hidden, and what all-to-alls take, is the mean over ranks."""
+        for stage in self.stages.values():
+            stage.begin(tokens_MBL, BatchScale(tokens_MBL[..., 1:].numel(), WEIGHTS), training=True)
+        if dist.is_initialized():
+            dist.barrier()
+        began = time.perf_counter()
+        self.executor.step()
+        seconds = time.perf_counter() - began
+        times, traffic = self.dispatcher.times, self.dispatcher.traffic
+        travels, waits = list(times.travels), list(times.waits)
+        whole = times.take()
+        times.travels, times.waits = travels, waits
+        pairs = [(a.start, a.end) for a, b in pairwise(self.executor.spans) if a.slot == b.slot]
+        inside = times.take(within=pairs)
+        sent = sum(traffic.bytes_across_nodes.values())
+        traffic.__init__()  # type: ignore[misc]
+        figures = torch.tensor(
+            [_total(whole, "time"), _total(inside, "time"), _total(inside, "exposed"), sent]
+        ).double()
+        slowest = torch.tensor(seconds, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            dist.all_reduce(figures)
+            figures /= dist.get_world_size()
+        comm, in_pairs, exposed, num_bytes = figures.tolist()
+        self.seconds.append(slowest.item())
+        self.comm.append(comm)
+        self.hidden.append(1 - exposed / in_pairs if in_pairs else 0.0)
+        self.bytes_sent.append(int(num_bytes))
+
+    def forget(self) -> None:
+        """What was measured to warm up."""
+        for figures in (self.seconds, self.hidden, self.comm, self.bytes_sent):
+            figures.clear()
+
+    def report(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "hidden": self.hidden, "comm": self.comm, "bytes": self.bytes_sent[-1]}
+
+
+def _total(figures: Mapping[str, float], what: str) -> float:
+    return sum(value for name, value in figures.items() if name.startswith(f"comm_{what}_"))
+
+
+def in_turn(steps: Mapping[str, PipelinedStep], tokens_MBL: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Every step once to warm up, then `rounds` times, turn about."""
+    for turn in range(rounds + 1):
+        for step in steps.values():
+            if turn == 1:
+                step.forget()
+            step.run(tokens_MBL)
+    return {name: step.report() for name, step in steps.items()}
