@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from infra.data import DataConfig
 from infra.lr import BatchRampConfig, LRConfig
 from infra.precision import PrecisionConfig
+from infra.spike import SpikeConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, check_choice
 
@@ -59,10 +60,11 @@ class TrainConfig:
     ema_decay: float = 0.0  # of a moving average of the parameters, in CPU memory; 0: none is kept
     eval_every: int = 0  # steps; 0: only at the end
     eval_samples: int = 16  # held-out sequences per evaluation; 0: none is made, and none are needed
+    max_skipped_steps: int = 20  # in a row, for numbers that are not finite: then the run gives up
     log_every: int = 10  # steps between console lines where standard output is no terminal
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "microbatch_size", "log_every"):
+        for name in ("steps", "global_batch_size", "microbatch_size", "max_skipped_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("eval_every", "eval_samples", "mtp_loss_weight", "mtp_loss_weight_late", "bias_update_speed"):
@@ -104,6 +106,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,26 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint under `root`; damaged ones are passed over with a warning that names the file."""
+def whole(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Iterator[Checkpoint]:
+    """The whole checkpoints under `root`, newest first, every byte read.
+
+    damaged: told the folder, and what is wrong with it, of those that are passed over; a warning says so in any case.
+    """
     for folder in reversed(folders(root)):
         try:
-            Checkpoint(folder).verify()
-            return folder
+            saved = Checkpoint(folder)
+            saved.verify()
         except CheckpointError as error:
             warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
-    return None
+            if damaged:
+                damaged(folder, str(error))
+        else:
+            yield saved
+
+
+def newest(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint under `root`; those that are damaged are passed over, as in `whole`."""
+    return next((saved.folder for saved in whole(root, damaged)), None)
 
 
 class Checkpoint:

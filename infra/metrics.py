@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Record = Mapping[str, float]
+
+FILE = "metrics.jsonl"
 
 
 class Metrics:
@@ -40,13 +43,11 @@ class Metrics:
 
         self.folder, self.num_steps, self.log_every = Path(folder), num_steps, log_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / "metrics.jsonl"
-        keep_steps(self.path, done)
-        self._lines = self.path.open("ab", buffering=0)
+        self.path = self.folder / FILE
         # `purge_step` makes TensorBoard forget the steps that will be repeated.
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1, flush_secs=10)
+        self._new_tensorboard = partial(SummaryWriter, str(self.folder / "tensorboard"), flush_secs=10)
+        self._open(done)
         self._console = console or Console(highlight=False, soft_wrap=True)
-        self._done = self._done_before = done
         self._started = time.monotonic()
         self._first: Record = {}
         self._last: Record = {}
@@ -60,6 +61,24 @@ class Metrics:
         )
         self._task = self._live.add_task("", total=num_steps, completed=done, loss="-", speed="-")
         self._live.start()
+
+    def _open(self, done: int) -> None:
+        keep_steps(self.path, done)
+        self._lines = self.path.open("ab", buffering=0)
+        self._tensorboard = self._new_tensorboard(purge_step=done + 1)
+        self._done = self._done_before = done
+        self._opened = time.monotonic()
+
+    def go_back(self, step: int) -> None:
+        """Forgets the steps after `step`, which will be repeated otherwise than they were."""
+        self._lines.close()
+        self._tensorboard.close()
+        self._open(step)
+        self._live.update(self._task, completed=step)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the live one."""
+        self._console.print(line)
 
     def write(self, record: Record, histograms: Mapping[str, Any] | None = None) -> None:
         """Write down one step.
@@ -136,7 +155,7 @@ class Metrics:
         self._live.update(self._task, completed=self._done, loss=_number(record, "loss"), speed=speed)
         held_out = any(name.startswith("eval_") for name in record)
         if held_out or (self._live.disable and self._is_due(self._done)):
-            rate = (time.monotonic() - self._started) / (self._done - self._done_before)
+            rate = (time.monotonic() - self._opened) / (self._done - self._done_before)
             left = _duration(rate * (self.num_steps - self._done))
             self._console.print(
                 f"step {self._done}/{self.num_steps}  loss {self._text()}  {speed} tokens/s  left {left}"
@@ -147,6 +166,17 @@ class Metrics:
         others = {"nats_per_byte": "nats/byte", "eval_loss": "held-out", "eval_nats_per_byte": "held-out nats/byte"}
         known = [f"{_number(self._last, key)} {word}" for key, word in others.items() if key in self._last]
         return _number(self._last, "loss") + (f" ({', '.join(known)})" if known else "")
+
+
+def read_records(folder: str | Path) -> list[dict[str, Any]]:
+    """The records that a run has left in its folder, up to a line that a kill cut short; None is what is not finite."""
+    found: list[dict[str, Any]] = []
+    try:
+        with (Path(folder) / FILE).open("rb") as lines:
+            found.extend(map(json.loads, lines))
+    except (FileNotFoundError, ValueError):
+        pass
+    return found
 
 
 def keep_steps(path: Path, done: int) -> None:

@@ -154,3 +154,9 @@ def update(buckets: Sequence[Bucket], optimizer: torch.optim.Optimizer, lr: floa
     for bucket in buckets:
         bucket.sync_weights()
         bucket.grad.zero_()
+
+
+def discard_gradients(buckets: Iterable[Bucket]) -> None:
+    """Zeroes the gradients of a step that is not taken; weights and moments stay as they are."""
+    for bucket in buckets:
+        bucket.grad.zero_()

@@ -3,13 +3,16 @@
 run.dir/config.yaml      the resolved configuration, with the git revision and the overrides of the command line
 run.dir/metrics.jsonl    one record a step                                                  (infra/metrics.py)
 run.dir/tensorboard/
+run.dir/incidents.jsonl  skipped steps, spikes, restarts, damage                            (infra/incidents.py)
 run.dir/trace/           the last step of a pipeline, measured over simulated              (launch/trace.py)
 run.dir/checkpoints/     step_<n>                                                           (infra/checkpoint.py)
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +21,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config
-from infra import checkpoint
+from infra import checkpoint, incidents
 from infra.distributed import World, any_rank, largest
-from infra.metrics import Metrics
+from infra.metrics import Metrics, read_records
 from infra.prepare import prepare_default
 from infra.token_file import read_tokenizer
 from launch.files import save
+from launch.rollback import left_out, roll_back
 from launch.trainer import Trainer
 
 DEFAULT_DATA = Path("data/python_stdlib")
@@ -71,10 +75,23 @@ def fit(trainer: Trainer) -> None:
     folder = Path(config.run.dir)
     checkpoints = folder / "checkpoints"
     due = config.checkpoint.every
+    if trainer.step >= config.train.steps:
+        if world.is_main:
+            print(f"{folder} is at step {trainer.step} already: nothing to do for train.steps={config.train.steps}")
+        return
     last_saved = trainer.step
     with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics:
-        while trainer.step < config.train.steps and not trainer.asked_to_stop():
+        limit = config.train.max_skipped_steps
+        while trainer.step < config.train.steps and trainer.skipped_in_a_row < limit and not trainer.asked_to_stop():
             record, histograms = trainer.train_step()
+            if trainer.skipped_in_a_row:
+                _note_skipped_step(trainer, record, metrics)
+            if trainer.losses.has_spiked and roll_back(trainer, record["lm_loss"]):
+                last_saved = trainer.step
+                if metrics:
+                    metrics.go_back(trainer.step)
+                    metrics.say(incidents.read(folder)[-1]["why"])
+                continue
             is_last = trainer.step == config.train.steps
             if is_last or (config.train.eval_every and trainer.step % config.train.eval_every == 0):
                 record |= trainer.evaluate()
@@ -85,6 +102,11 @@ def fit(trainer: Trainer) -> None:
                 last_saved = trainer.step
         if trainer.step > last_saved:
             trainer.save(checkpoints)
+        if trainer.skipped_in_a_row == limit:
+            raise ValueError(
+                f"the last train.max_skipped_steps={limit} steps, to step {trainer.step}, had "
+                "a loss or gradient that is not finite: nothing is learnt any more; try a lower optim.lr.peak"
+            )
         if config.run.trace and config.parallel.pp > 1 and trainer.executor and trainer.mesh.at.dp == 0:
             from launch.trace import write_trace
 
@@ -99,22 +121,40 @@ def resume(trainer: Trainer) -> None:
     Rank 0 looks and reads every byte. Raises ValueError where there are checkpoints and the config wants none of them,
     or all are damaged.
     """
-    config = trainer.config
-    checkpoints = Path(config.run.dir) / "checkpoints"
+    config, folder = trainer.config, Path(trainer.config.run.dir)
+    checkpoints = folder / "checkpoints"
     step = -1
+
+    def note_damage(damaged: Path, why: str) -> None:
+        incidents.note(folder, "damaged_checkpoint", checkpoint.step_of(damaged), why)
+
     if trainer.world.is_main and (existing := checkpoint.folders(checkpoints)):
         if not config.checkpoint.resume:
             raise ValueError(
                 f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
                 "choose another run.dir, or checkpoint.resume=true to go on with that one"
             )
-        newest = checkpoint.newest(checkpoints)
+        newest = checkpoint.newest(checkpoints, note_damage)
         if newest is None:
             raise ValueError(f"all {len(existing)} checkpoints in {checkpoints} are damaged: choose another run.dir")
         step = checkpoint.step_of(newest)
+        before = read_records(folder)
+        lost = max(0, before[-1]["step"] - step) if before else 0
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        incidents.note(
+            folder, "resumed", step, f"from step {step}, {lost} steps are repeated", lost=lost, attempt=attempt
+        )
     step = int(largest(step))
     if step >= 0:
         trainer.load(checkpoints / f"step_{step}")
+        trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
+
+
+def _note_skipped_step(trainer: Trainer, record: Mapping[str, float], metrics: Metrics | None) -> None:
+    if metrics:
+        why = f"loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}: the step is skipped on all ranks"
+        incidents.note(trainer.config.run.dir, "skipped_step", trainer.step, why)
+        metrics.say(f"step {trainer.step}: {why}")
 
 
 def _metrics(trainer: Trainer, folder: Path) -> Metrics:

@@ -6,6 +6,7 @@ and write down one flat record. One rank or many, one pipeline or none, go throu
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import time
@@ -22,7 +23,8 @@ from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
 from infra.distributed import World, any_rank, largest
 from infra.ema import Ema
-from infra.optim import clip_gradients, global_grad_norm, make_adamw, reduce_gradients, update
+from infra.optim import clip_gradients, discard_gradients, global_grad_norm, make_adamw, reduce_gradients, update
+from infra.spike import LossHistory, pass_over
 from model.moe import updated_bias
 from parallel import state
 from parallel.expert.traffic import load_figures
@@ -44,11 +46,15 @@ _MAY_CHANGE = {
     *("rope_scaling", "max_position_embeddings", "num_key_value_heads"),
 }
 
+_MANY = 1 << 10  # microbatches: more than any schedule needs
+
 
 class Trainer:
     """One run on this rank. Building one is collective; so are `train_step`, `evaluate`, `save`.
 
-    step, samples, tokens: what is done so far. Raises ValueError in one line where the config contradicts itself.
+    step, samples, tokens: what is done so far. skipped_steps: how many of the steps were not taken because a number was
+    not finite, the last `skipped_in_a_row` among them. losses: of the last steps, by which spikes are told.
+    Raises ValueError in one line where the config contradicts itself.
     """
 
     def __init__(self, config: Config, world: World):
@@ -86,6 +92,8 @@ class Trainer:
         self.executor: Executor | None = None  # of the last training step
         self._executor = lru_cache(maxsize=8)(self._make_executor)
         self.step, self.samples, self.tokens = 0, 0, 0
+        self.skipped_steps, self.skipped_in_a_row = 0, 0
+        self.losses = LossHistory(config.spike)
         self._asked_to_stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -101,13 +109,20 @@ class Trainer:
         reduce_gradients(self.replica.buckets)
         comm_times = self._comm_times(time.perf_counter() - computed)
         norm = global_grad_norm(self.replica.buckets, self.world.size)
-        clip_gradients(self.replica.buckets, norm, config.optim.clip)
-        self.ema.before_step()
-        update(self.replica.buckets, self.optimizer, rate)
-        self.ema.update()  # behind the next step
-        if share < config.train.bias_stop_share:
-            bias_LE = self.replica.bias_LE  # a layer that routes nothing has a load, and so a change, of zero
-            bias_LE.copy_(updated_bias(bias_LE, load_LE.to(bias_LE.device), config.train.bias_update_speed))
+        if math.isfinite(norm) and math.isfinite(sums["loss"]):  # sums over all ranks: all decide alike
+            self.skipped_in_a_row = 0
+            clip_gradients(self.replica.buckets, norm, config.optim.clip)
+            self.ema.before_step()
+            update(self.replica.buckets, self.optimizer, rate)
+            self.ema.update()  # behind the next step
+            if share < config.train.bias_stop_share:
+                bias_LE = self.replica.bias_LE  # a layer that routes nothing has a load, and so a change, of zero
+                bias_LE.copy_(updated_bias(bias_LE, load_LE.to(bias_LE.device), config.train.bias_update_speed))
+            self.losses.add(sums["lm_loss"], self.samples, self.samples + size)
+        else:
+            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            discard_gradients(self.replica.buckets)
+            self.losses.has_spiked = False
         self.step, self.samples = self.step + 1, self.samples + size
         num_tokens = size * config.data.sequence_length
         self.tokens += num_tokens
@@ -119,6 +134,7 @@ class Trainer:
             **comm_times,
             "nats_per_byte": sums["lm_loss"] / self.train_data.bytes_per_token,
             "grad_norm": norm,
+            "skipped_steps": self.skipped_steps,
             "lr": rate,
             "batch_size": size,
             "tokens": self.tokens,
@@ -173,6 +189,8 @@ class Trainer:
         length, model = config.data.sequence_length, config.model
         num_microbatches = self._num_microbatches(size)
         indexes = sample_indexes(first_sample, num_microbatches, config.train.microbatch_size, self.mesh.at.dp, mesh.dp)
+        if training:
+            indexes = pass_over(indexes, self.losses.left_out)
         tokens_MBL = data.batch(indexes, length).to(self.world.device)
         documents = None
         if config.data.document_mask:
@@ -216,7 +234,13 @@ class Trainer:
 
     def save(self, root: Path) -> Path:
         """Writes a checkpoint of this moment under `root`."""
-        meta = {"samples": self.samples, "tokens": self.tokens, "model": asdict(self.config.model)}
+        meta = {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
+            "losses": self.losses.state(),
+            "model": asdict(self.config.model),
+        }
         tensors = state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
         return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
 
@@ -224,8 +248,12 @@ class Trainer:
         """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""
         saved = checkpoint.Checkpoint(folder)
         check_same_model(saved, asdict(self.config.model))
-        state.load(saved, self.replica, self.optimizer, self.ema, saved.meta["step"])
-        self.step, self.samples, self.tokens = (saved.meta[k] for k in ("step", "samples", "tokens"))
+        meta = {"skipped_steps": 0, "losses": LossHistory(self.config.spike).state(), **saved.meta}  # imports have none
+        self.step, self.samples, self.tokens, self.skipped_steps = (
+            meta[name] for name in ("step", "samples", "tokens", "skipped_steps")
+        )
+        self.losses.load(meta["losses"])
+        state.load(saved, self.replica, self.optimizer, self.ema, self.step - self.skipped_steps)
 
     def asked_to_stop(self) -> bool:
         """Whether any rank has received SIGTERM; collective, so that all stop after the same step."""
@@ -292,6 +320,7 @@ def _check_batches(train: TrainConfig, make_schedule: Callable[[int], Schedule],
             try:
                 make_schedule(size // unit)
             except ValueError as error:
+                make_schedule(_MANY)  # a schedule that suits no batch says so by itself
                 raise ValueError(
                     f"{error} ({name}={size} makes {size // unit} microbatches of train.microbatch_size="
                     f"{train.microbatch_size} on each of dp={dp} pipelines)"
