@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from infra.distributed import World
 from infra.lr import LRConfig
 from infra.precision import PrecisionConfig
 from infra.prepare import PrepareConfig, prepare
+from launch.fit import fit, resume
 from launch.trainer import Trainer
 from parallel.config import ParallelConfig
 from tests.parallel.layouts import tiny
@@ -44,3 +47,18 @@ def train(rank: int, world_size: int, config: Config, steps: int) -> list[dict]:
     trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
     records = [trainer.train_step()[0] for _ in range(steps)]
     return [*records, trainer.evaluate()]
+
+
+def run_fit(rank: int, world_size: int, config: Config, faults: Callable[[Trainer], None] | None = None) -> None:
+    """What launch/pretrain.py does with a config; `faults` arranges for something to go wrong."""
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    resume(trainer)
+    if faults:
+        faults(trainer)
+    fit(trainer)
+
+
+def in_folder(config: Config, folder: Path, every: int = 0) -> Config:
+    """The run in `folder`, with a checkpoint `every` so many steps, of which three stay."""
+    checkpoint = replace(config.checkpoint, every=every, keep=3)
+    return replace(config, run=replace(config.run, dir=str(folder), trace=False), checkpoint=checkpoint)

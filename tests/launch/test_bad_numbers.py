@@ -14,10 +14,9 @@ from infra.distributed import World
 from infra.metrics import read_records
 from infra.spike import SpikeConfig
 from launch import trainer as trainer_module
-from launch.fit import fit, resume
 from launch.trainer import Trainer
 from parallel.state import held
-from tests.launch.runs import config, small_data
+from tests.launch.runs import config, in_folder, run_fit, small_data
 from tests.launch.test_trainer import TIMES
 from tests.parallel.layouts import tiny
 from tests.ranks import run_ranks
@@ -68,20 +67,6 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(data, value):
         assert rest == [3, 0, 4 * 8]
 
 
-def _fit(rank, world_size, config, faults):
-    """Runs `fit` as launch/pretrain.py does; `faults(trainer)` arranges for something to go wrong."""
-    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
-    resume(trainer)
-    if faults:
-        faults(trainer)
-    fit(trainer)
-
-
-def in_folder(settings, folder: Path, every: int = 0):
-    checkpoint = replace(settings.checkpoint, every=every, keep=3)
-    return replace(settings, run=replace(settings.run, dir=str(folder), trace=False), checkpoint=checkpoint)
-
-
 def numbers(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in TIMES} for record in read_records(folder)]
 
@@ -117,11 +102,11 @@ def die_at(trainer: Trainer, step: int) -> None:
 
 def test_a_run_with_a_skipped_step_resumes_bit_for_bit(data, tmp_path):
     settings = config(data, steps=8, precision="fp32")
-    run_ranks(2, _fit, in_folder(settings, tmp_path / "unbroken"), _poison_step_3)
+    run_ranks(2, run_fit, in_folder(settings, tmp_path / "unbroken"), _poison_step_3)
     broken = in_folder(settings, tmp_path / "broken", every=5)
     with pytest.raises(AssertionError, match="Died"):
-        run_ranks(2, _fit, broken, _poison_step_3_and_die_at_6)
-    run_ranks(2, _fit, broken, None)
+        run_ranks(2, run_fit, broken, _poison_step_3_and_die_at_6)
+    run_ranks(2, run_fit, broken)
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
     assert numbers(tmp_path / "broken")[-1]["skipped_steps"] == 1
     assert kinds(tmp_path / "broken") == ["skipped_step", "resumed"]
@@ -140,7 +125,7 @@ def _poison_every_step(trainer):
 def test_a_run_that_learns_nothing_any_more_gives_up(data, tmp_path):
     settings = config(data, train={"max_skipped_steps": 3})
     with pytest.raises(AssertionError, match=r"train.max_skipped_steps=3 steps, to step 3, had a loss"):
-        run_ranks(1, _fit, in_folder(settings, tmp_path), _poison_every_step)
+        run_ranks(1, run_fit, in_folder(settings, tmp_path), _poison_every_step)
     assert len(read_records(tmp_path)) == 3
 
 
@@ -189,34 +174,34 @@ def spiky(data, **changes):
 
 def test_a_spike_is_rolled_back_and_its_data_left_out(data, tmp_path):
     """As the run that knew from the start what to leave out; also when it is killed in the middle."""
-    run_ranks(2, _fit, in_folder(spiky(data), tmp_path / "expected"), _without)
-    run_ranks(2, _fit, in_folder(spiky(data), tmp_path / "run", every=5), _garbage)
+    run_ranks(2, run_fit, in_folder(spiky(data), tmp_path / "expected"), _without)
+    run_ranks(2, run_fit, in_folder(spiky(data), tmp_path / "run", every=5), _garbage)
     assert numbers(tmp_path / "run") == numbers(tmp_path / "expected")
     (rollback,) = incidents.read(tmp_path / "run")
     assert (rollback["kind"], rollback["step"], rollback["to"]) == ("rollback", 19, 15)
     assert rollback["left_out"] == [68, 76]
     with pytest.raises(AssertionError, match="Died"):
-        run_ranks(2, _fit, in_folder(spiky(data), tmp_path / "broken", every=5), _garbage_and_die_after_the_rollback)
+        run_ranks(2, run_fit, in_folder(spiky(data), tmp_path / "broken", every=5), _garbage_and_die_after_the_rollback)
     assert read_records(tmp_path / "broken")[-1]["step"] == 17
-    run_ranks(2, _fit, in_folder(spiky(data), tmp_path / "broken", every=5), _garbage)
+    run_ranks(2, run_fit, in_folder(spiky(data), tmp_path / "broken", every=5), _garbage)
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "expected")
     assert kinds(tmp_path / "broken") == ["rollback", "resumed"]
 
 
 def test_without_an_old_enough_checkpoint_a_spike_is_only_noted(data, tmp_path):
-    run_ranks(1, _fit, in_folder(spiky(data), tmp_path), _garbage)
+    run_ranks(1, run_fit, in_folder(spiky(data), tmp_path), _garbage)
     assert len(read_records(tmp_path)) == 24
     assert kinds(tmp_path) == ["spike"]
 
 
 def test_no_threshold_no_spikes(data, tmp_path):
-    run_ranks(1, _fit, in_folder(spiky(data, threshold=0.0), tmp_path, every=5), _garbage)
+    run_ranks(1, run_fit, in_folder(spiky(data, threshold=0.0), tmp_path, every=5), _garbage)
     assert kinds(tmp_path) == []
 
 
 def test_a_damaged_list_of_what_is_left_out_is_refused(data, tmp_path):
     settings = in_folder(config(data, steps=2), tmp_path)
-    run_ranks(1, _fit, settings, None)
+    run_ranks(1, run_fit, settings)
     (tmp_path / "left_out.json").write_text(json.dumps([[1, 2, 3]]))
     with pytest.raises(AssertionError, match=r"left_out.json is damaged"):
-        run_ranks(1, _fit, settings, None)
+        run_ranks(1, run_fit, settings)

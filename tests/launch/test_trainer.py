@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, TrainConfig
 from infra import lr
 from infra.data import TokenDataset
 from infra.distributed import World
 from infra.lr import BatchRampConfig
-from launch.trainer import Trainer
+from launch.trainer import Trainer, _check_batches
 from model.moe import updated_bias
 from model.transformer import Transformer, init_model_
+from parallel.config import ParallelConfig
 from tests.launch.runs import config, small_data, train
 from tests.ranks import run_ranks
 
@@ -145,3 +146,11 @@ def _peak(rank, world_size, config):
 
 def test_peak_memory_is_that_of_the_fullest_rank(data):
     assert run_ranks(2, _peak, config(data)) == [2.0, 2.0]
+
+
+def test_what_no_batch_can_mend_is_not_laid_to_the_batch():
+    with pytest.raises(ValueError, match="even number of ranks") as error:
+        _check_batches(TrainConfig(), ParallelConfig(pp=3, schedule="dualpipe").make_schedule, dp=1)
+    assert "train." not in str(error.value)
+    with pytest.raises(ValueError, match=r"needs a microbatch .* \(train.global_batch_size=1 makes 1"):
+        _check_batches(TrainConfig(global_batch_size=1), ParallelConfig(pp=2, schedule="dualpipe").make_schedule, dp=1)
