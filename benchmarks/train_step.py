@@ -78,8 +78,8 @@ def our_step_of(model: Transformer, dtype: torch.dtype, loss_of: Callable[[], Te
     weights = dict(model.named_parameters())
     shapes = {name: weight.shape for name, weight in weights.items()}
     bucket = Bucket(shapes, 0.1, dtype, dtype, torch.device("cpu"))
-    for name, param in bucket.new_parameters().items():
-        param.data.copy_(weights[name])
+    for name, param in bucket.params.items():
+        bucket.fill(name, weights[name].detach())
         path, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(path), leaf, param)
     optimizer = make_adamw([bucket], LR, BETAS, eps=1e-8)

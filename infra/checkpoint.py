@@ -1,14 +1,14 @@
 """Checkpoints: named tensors and a few numbers, written whole or not at all.
 
     checkpoints/step_120/
-        rank_00000.safetensors ...   each tensor once, written by one of the ranks that hold it
+        rank_00000.safetensors ...   each tensor once, whole or in pieces, by the ranks that hold them
         index.json                   the meta data, and of every file its size, checksum and keys
 
 A key is a whole-model name (`master/model.layers.3.mlp.experts.7.up_proj.weight`), never a rank's: any other layout
-finds what it needs by name. Ranks that share a tensor may write a part each, `KEY#START` from element START on; `KEY`
-then reads as one flat tensor. Everything is written into a folder beside the target, which is renamed only when every
-rank's file and the index are on disk; so a folder called `step_<n>` is whole, and a kill at any moment leaves the ones
-before it. Nothing is pickled: tensors are safetensors, the index is JSON.
+finds what it needs by name. A piece is a run of a tensor's elements, `NAME[128:256/16x64]`. Everything is written into
+a folder beside the target, which is renamed only when every rank's file and the index are on disk; so a folder called
+`step_<n>` is whole, and a kill at any moment leaves the ones before it. Nothing is pickled: tensors are safetensors,
+the index is JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,17 +34,39 @@ from infra.tensor_file import save_tensors
 
 FORMAT = 1
 _STEP = re.compile(r"step_\d+")
+_PIECE = re.compile(r"(.+)\[(\d+):(\d+)/([\dx]+)\]")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
+def piece(key: str, start: int, stop: int, shape: Sequence[int]) -> str:
+    """The key of elements `start` to `stop` of a tensor of this shape, flat."""
+    return f"{key}[{start}:{stop}/{'x'.join(map(str, shape))}]"
+
+
+class _Bounds(NamedTuple):
+    """Which elements of a tensor of which shape; a whole tensor's key says neither."""
+
+    start: int = 0
+    stop: int = 0
+    shape: tuple[int, ...] = ()
+
+
+def _parse(key: str) -> tuple[str, _Bounds]:
+    """The key of the tensor, and which part of it `key` is."""
+    if match := _PIECE.fullmatch(key):
+        return match[1], _Bounds(int(match[2]), int(match[3]), tuple(map(int, match[4].split("x"))))
+    return key, _Bounds()
+
+
 def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
     """Writes `root/step_<step>`; collective over the world.
 
-    tensors: what this rank contributes; every key, or part of one, must come from exactly one rank. meta: JSON values,
-    rank 0's count. keep: how many checkpoints stay; older ones are removed once this one is whole.
+    tensors: what this rank contributes, whole tensors and pieces; over all ranks, each element exactly once.
+    meta: JSON values, rank 0's count.
+    keep: how many checkpoints stay; older ones are removed once this one is whole.
     Raises OSError on every rank when any rank could not write (a full disk); older checkpoints are untouched.
     """
     rank, world_size = _place()
@@ -127,10 +151,13 @@ class Checkpoint:
             raise CheckpointError(f"{folder / 'index.json'} is damaged: its checksum does not match")
         self.meta: dict[str, Any] = index["meta"]
         self._files: dict[str, dict[str, Any]] = index["files"]
-        self._file_of = {key: name for name, entry in self._files.items() for key in entry["keys"]}
-        self._parts_of: dict[str, list[str]] = {}
-        for part in sorted((key for key in self._file_of if "#" in key), key=lambda key: int(key.rpartition("#")[2])):
-            self._parts_of.setdefault(part.rpartition("#")[0], []).append(part)
+        self._places: dict[str, list[_Place]] = {}
+        for name, entry in self._files.items():
+            for saved_as in entry["keys"]:
+                key, bounds = _parse(saved_as)
+                self._places.setdefault(key, []).append(_Place(bounds, name, saved_as))
+        for places in self._places.values():
+            places.sort()
 
     def verify(self) -> None:
         """Reads every byte. Raises CheckpointError naming the file that is missing, truncated or altered."""
@@ -145,48 +172,80 @@ class Checkpoint:
 
     @property
     def keys(self) -> set[str]:
-        """Of whole tensors, whether written whole or in parts."""
-        return {key for key in self._file_of if "#" not in key} | set(self._parts_of)
+        """Of whole tensors, also of those that were saved in pieces."""
+        return set(self._places)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of `keys`, on the CPU; one that was written in parts is flat.
-
-        Raises CheckpointError for a key that is not here.
+        """The tensors and pieces of `keys`, on the CPU; pieces come flat. Raises CheckpointError for a key that is not
+        here.
         """
-        parts_of = {key: self._parts_of.get(key, [key]) for key in keys}
-        by_file: dict[str, list[str]] = {}
-        for key in (part for parts in parts_of.values() for part in parts):
-            if key not in self._file_of:
-                raise CheckpointError(f"{self.folder} has no {key}: it was made by another model")
-            by_file.setdefault(self._file_of[key], []).append(key)
         tensors: dict[str, Tensor] = {}
-        for name, names in by_file.items():
-            with safe_open(self.folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in names}
-        return {key: self._joined(parts, tensors) for key, parts in parts_of.items()}
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for wanted in keys:
+                key, bounds = _parse(wanted)
+                if key not in self._places:
+                    raise CheckpointError(f"{self.folder} has no {key}: it was made by another model")
+                parts = []
+                for place in self._places[key]:
+                    if place.misses(bounds):
+                        continue
+                    if place.file not in files:
+                        files[place.file] = stack.enter_context(safe_open(self.folder / place.file, framework="pt"))
+                    parts.append(_elements(files[place.file], place, bounds))
+                tensors[wanted] = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if not bounds.stop and (shape := self._places[key][0].bounds.shape):
+                    tensors[wanted] = tensors[wanted].view(shape)
+        return tensors
 
-    def _joined(self, parts: list[str], tensors: Mapping[str, Tensor]) -> Tensor:
-        if "#" not in parts[0]:
-            return tensors[parts[0]]
-        end = 0
-        for part in parts:
-            if int(part.rpartition("#")[2]) != end:
-                raise CheckpointError(f"{self.folder}: the part before {part} is missing")
-            end += tensors[part].numel()
-        return torch.cat([tensors[part] for part in parts])
+
+class _Place(NamedTuple):
+    """Where a tensor, or a piece of it, lies."""
+
+    bounds: _Bounds
+    file: str
+    saved_as: str
+
+    def misses(self, wanted: _Bounds) -> bool:
+        mine = self.bounds
+        return bool(mine.stop and wanted.stop) and (mine.stop <= wanted.start or wanted.stop <= mine.start)
+
+
+def _elements(file: Any, place: _Place, wanted: _Bounds) -> Tensor:
+    """What `place` has of the wanted piece, flat; where the whole tensor is wanted, all of it."""
+    if not wanted.stop:
+        return file.get_tensor(place.saved_as)
+    rows = file.get_slice(place.saved_as)
+    num_rows, *rest = rows.get_shape()
+    row = prod(rest)
+    start = max(0, wanted.start - place.bounds.start)
+    stop = min(num_rows * row, wanted.stop - place.bounds.start)
+    first = start // row
+    return rows[first : -(-stop // row)].flatten()[start - first * row : stop - first * row]
+
+
+def _check_whole(keys: Iterable[str]) -> None:
+    """Raises AssertionError unless the keys make every tensor exactly once, whole or in pieces that tile it."""
+    pieces: dict[str, list[_Bounds]] = {}
+    for saved_as in keys:
+        key, bounds = _parse(saved_as)
+        pieces.setdefault(key, []).append(bounds)
+    for key, parts in pieces.items():
+        end, shape = 0, parts[0].shape
+        assert shape or len(parts) == 1, f"{len(parts)} ranks save {key}"
+        for part in sorted(parts):
+            assert (part.start, part.shape) == (end, shape), f"the pieces of {key} do not fit at element {end}"
+            end = part.stop
+        assert not shape or end == prod(shape), f"{key} is saved up to element {end} of {prod(shape)}"
 
 
 def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) -> None:
     files: dict[str, Any] = {}
-    seen: set[str] = set()
     for rank in range(world_size):
         part = beside / f"rank_{rank:05d}.json"
-        entry = json.loads(part.read_text())
-        if doubled := seen & set(entry["keys"]):
-            raise AssertionError(f"two ranks save {sorted(doubled)[0]}")
-        seen |= set(entry["keys"])
-        files[f"rank_{rank:05d}.safetensors"] = entry
+        files[f"rank_{rank:05d}.safetensors"] = json.loads(part.read_text())
         part.unlink()
+    _check_whole(key for entry in files.values() for key in entry["keys"])
     index = {"format": FORMAT, "meta": meta, "files": files}
     _write_json(beside / "index.json", index | {"checksum": _checksum_of_index(index)})
     if target.exists():

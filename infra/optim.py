@@ -1,9 +1,14 @@
-"""Parameters in flat buckets: FP32 gradients, FP32 master weights, AdamW, and the exact global gradient norm.
+"""Parameters in flat buckets: FP32 gradients, FP32 master weights, AdamW, ZeRO-1, and the exact global gradient norm.
 
 A *bucket* holds the parameters that are reduced and updated alike: the same group of ranks holds a copy of each, and
-the same weight decay applies. It owns four flat tensors (gradient, master weight, two moments), and every parameter's
-`main_grad` is a view into the first. So a reduction is one collective, an update one fused kernel, and a gradient norm
-one dot product per bucket, however many parameters there are.
+the same weight decay applies. It owns five flat tensors (weight, gradient, master weight, two moments), and every
+parameter and its `main_grad` are views into the first two. So a reduction is one collective, an update one fused
+kernel, and a gradient norm one dot product per bucket, however many parameters there are.
+
+Every copy *answers for* an equal share of the bucket: it adds up the squares of its gradients and writes it to
+checkpoints. Where the bucket is sharded (ZeRO-1: Rajbhandari et al. 2019, P_os) it also holds master weights and
+moments of that share alone, and alone updates it: gradients are reduce-scattered, and new weights gathered. Either way
+an element sees the same operations on the same numbers, so the two agree to the bit.
 
 Gradients are accumulated in FP32 (FP64 for FP64 runs) over the microbatches of a step, whatever the compute dtype:
 linear layers add into `main_grad` themselves; for all other parameters a hook moves `.grad` there at once.
@@ -27,17 +32,29 @@ MOMENTS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "bf16": LowPrecisionAdamW,
 }
 
+# Shares begin at multiples of so many elements: vector kernels round the rest of a tensor, which is no full vector,
+# differently, so no share may have a rest.
+ALIGNMENT = 16
+
+# Their names up to torch 2.12 and from then on.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass
 class Bucket:
     """Parameters that share an owner group and a weight decay.
 
     shapes: by whole-model parameter name, in order. group: the ranks that hold a copy of them (None: this rank alone);
-    num_copies: how many ranks that is. compute_dtype: what the model computes with; accumulation_dtype: gradients,
-    master weights and moments. copy: which of the copies this rank has; copy 0 writes checkpoints.
+    num_copies: how many ranks that is; copy: which of the copies this rank has. compute_dtype: what the model computes
+    with; accumulation_dtype: gradients, master weights and moments. is_sharded: whether each copy holds master weights
+    and moments of its share alone.
 
-    grad, master: flat, [num elements]. weight: flat, in the compute dtype, what the parameters are views of (the same
-    storage as `master` where the two dtypes agree). All are allocated, none is initialised but `grad`, which is zero.
+    places: where the elements of each parameter begin, and its shape.
+    params: by name, views of `weight`, each with its `main_grad`, a view of `grad`.
+    share: the elements that this copy answers for. held: those whose master weights and moments it holds.
+    grad, weight: flat, [num_copies x share], of which the end is padding; weight is in the compute dtype. master: flat,
+    [held]; the same storage as `weight[held]` where the two dtypes agree. All are zero at first.
     """
 
     shapes: dict[str, torch.Size]
@@ -48,45 +65,65 @@ class Bucket:
     group: dist.ProcessGroup | None = None
     num_copies: int = 1
     copy: int = 0
+    is_sharded: bool = False
+    places: dict[str, tuple[int, torch.Size]] = field(init=False)
+    params: dict[str, nn.Parameter] = field(init=False)
+    share: slice = field(init=False)
+    held: slice = field(init=False)
     grad: Tensor = field(init=False)
-    master: nn.Parameter = field(init=False)
     weight: Tensor = field(init=False)
+    master: nn.Parameter = field(init=False)
 
     def __post_init__(self) -> None:
-        numel = sum(shape.numel() for shape in self.shapes.values())
-        self.grad = torch.zeros(numel, dtype=self.accumulation_dtype, device=self.device)
-        self.master = nn.Parameter(torch.empty(numel, dtype=self.accumulation_dtype, device=self.device))
-        self.master.grad = self.grad
-        if self.compute_dtype == self.accumulation_dtype:
-            self.weight = self.master.data
-        else:
-            self.weight = torch.empty(numel, dtype=self.compute_dtype, device=self.device)
-
-    def new_parameters(self) -> dict[str, nn.Parameter]:
-        """A parameter for every name, a view of `weight`, with its `main_grad`."""
-        grads = self.views(self.grad)
-        params = {}
-        for name, weight in self.views(self.weight).items():
-            params[name] = param = nn.Parameter(weight)
-            param.main_grad = grads[name]  # type: ignore[attr-defined]
-            param.register_post_accumulate_grad_hook(_add_to_main_grad)
-        return params
-
-    @property
-    def share(self) -> slice:
-        """The part of the flat tensors that falls to this copy, where the copies share out what one of them can do."""
-        size = -(-self.grad.numel() // self.num_copies)
-        return slice(self.copy * size, (self.copy + 1) * size)
+        numel = 0
+        self.places = {}
+        for name, shape in self.shapes.items():
+            self.places[name] = (numel, shape)
+            numel += shape.numel()
+        size = -(-numel // (self.num_copies * ALIGNMENT)) * ALIGNMENT
+        self.share = slice(self.copy * size, (self.copy + 1) * size)
+        self.held = self.share if self.is_sharded else slice(0, self.num_copies * size)
+        self.grad = torch.zeros(self.num_copies * size, dtype=self.accumulation_dtype, device=self.device)
+        self.weight = torch.zeros_like(self.grad, dtype=self.compute_dtype)
+        self.master = nn.Parameter(self.weight[self.held].to(self.accumulation_dtype))
+        self.master.grad = self.grad[self.held]
+        self.params = {name: nn.Parameter(view) for name, view in self.views(self.weight).items()}
+        for name, grad in self.views(self.grad).items():
+            self.params[name].main_grad = grad  # type: ignore[attr-defined]
+            self.params[name].register_post_accumulate_grad_hook(_add_to_main_grad)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """`flat` (any tensor laid out like `master`) cut into one view a parameter, by whole-model name."""
-        pieces = flat.split([shape.numel() for shape in self.shapes.values()])
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        """`flat` (any tensor laid out like `weight`) cut into one view a parameter, by whole-model name."""
+        return {name: flat[at : at + shape.numel()].view(shape) for name, (at, shape) in self.places.items()}
 
-    def sync_weights(self) -> None:
-        """Rounds the master weights into the parameters that the model computes with."""
+    def share_of(self, flat: Tensor) -> Tensor:
+        """This copy's share of a tensor that is laid out like `master`."""
+        return flat[self.share.start - self.held.start : self.share.stop - self.held.start]
+
+    @torch.no_grad()
+    def fill(self, name: str, value: Tensor) -> None:
+        """Gives a parameter its value, and as much of its master weight as is held."""
+        at, shape = self.places[name]
+        self.params[name].copy_(value)
+        start, stop = max(at, self.held.start), min(at + shape.numel(), self.held.stop)
+        if start < stop:
+            self.master[start - self.held.start : stop - self.held.start] = value.view(-1)[start - at : stop - at]
+
+    def start_reduction(self) -> dist.Work | None:
+        """Starts to sum the gradients over all copies: all of them, or those of this copy's share."""
+        if self.num_copies == 1:
+            return None
+        if self.is_sharded:
+            return _reduce_scatter(self.grad[self.share], self.grad, group=self.group, async_op=True)
+        return dist.all_reduce(self.grad, group=self.group, async_op=True)
+
+    def start_sync(self) -> dist.Work | None:
+        """Rounds the master weights into the weights, and starts to gather what other copies hold."""
         if self.weight.dtype != self.master.dtype:
-            self.weight.copy_(self.master.data)
+            self.weight[self.held].copy_(self.master.data)
+        if self.is_sharded and self.num_copies > 1:
+            return _all_gather(self.weight, self.weight[self.share], group=self.group, async_op=True)
+        return None
 
 
 def _add_to_main_grad(param: Tensor) -> None:
@@ -96,24 +133,31 @@ def _add_to_main_grad(param: Tensor) -> None:
         param.grad = None
 
 
-def reduce_gradients(buckets: Iterable[Bucket]) -> None:
-    """Sums the gradients over every rank that holds a copy."""
-    works = [
-        dist.all_reduce(bucket.grad, group=bucket.group, async_op=True) for bucket in buckets if bucket.num_copies > 1
-    ]
+def _wait(works: list[dist.Work | None]) -> None:
     for work in works:
-        work.wait()
+        if work is not None:
+            work.wait()
+
+
+def reduce_gradients(buckets: Iterable[Bucket]) -> None:
+    """Sums the gradients over every rank that holds a copy; of a sharded bucket, those of this rank's share."""
+    _wait([bucket.start_reduction() for bucket in buckets])
+
+
+def sync_weights(buckets: Iterable[Bucket]) -> None:
+    """Brings the weights that the model computes with in step with the master weights; collective."""
+    _wait([bucket.start_sync() for bucket in buckets])
 
 
 def global_grad_norm(buckets: Iterable[Bucket], world_size: int) -> float:
     """The L2 norm of the whole model's gradient, each parameter counted once; call after `reduce_gradients`, on all
     ranks.
 
-    Every rank adds its squares divided by the number of copies, and one sum over the world makes the total.
+    Every copy adds the squares of its share, and one sum over the world makes the total.
     """
     total = torch.zeros((), dtype=torch.float64)
     for bucket in buckets:
-        total += bucket.grad.norm().double().cpu().square() / bucket.num_copies
+        total += bucket.grad[bucket.share].norm().double().cpu().square()
     if world_size > 1:
         dist.all_reduce(total)
     return total.sqrt().item()
@@ -123,7 +167,7 @@ def clip_gradients(buckets: Iterable[Bucket], norm: float, max_norm: float) -> N
     """Scales all gradients so that their global norm is at most `max_norm`."""
     if norm > max_norm > 0:
         for bucket in buckets:
-            bucket.grad.mul_(max_norm / norm)
+            bucket.grad[bucket.held].mul_(max_norm / norm)
 
 
 def make_adamw(
@@ -151,8 +195,8 @@ def update(buckets: Sequence[Bucket], optimizer: torch.optim.Optimizer, lr: floa
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+    sync_weights(buckets)
     for bucket in buckets:
-        bucket.sync_weights()
         bucket.grad.zero_()
 
 

@@ -263,8 +263,6 @@ def show_doubts(console: Console, config: PlanConfig, planner: Planner, winner: 
         doubts.append(f"shapes outside the measured tables: {', '.join(shapes)}")
     if config.imbalance != 1:
         doubts.append(f"imbalance={config.imbalance:g} is fitted, not predicted")
-    if missing := winner.layout.missing():
-        doubts.append(f"launch/pretrain.py does not know {', '.join(missing)} yet")
     for doubt in doubts:
         console.print(f"note: {doubt}", style="yellow", soft_wrap=True, highlight=False)
 
@@ -314,7 +312,6 @@ def write(folder: Path, config: PlanConfig, model: str, plan: Plan, rows: list[d
                 "step_time": row.time.total,
                 "terms": asdict(row.time),
                 "memory_gb": row.memory.as_gb(),
-                "missing": row.layout.missing(),
             }
             for line, row in zip(lines, plan.rows, strict=True)
         ],

@@ -81,7 +81,7 @@ class Trainer:
         buckets, optim = self.replica.buckets, config.optim
         self.optimizer = make_adamw(buckets, optim.lr.peak, optim.betas, optim.eps, optim.moments)
         # Each copy of a parameter averages its share, so that all ranks together hold one average.
-        averaged = [bucket.master.data[bucket.share] for bucket in buckets] if train.ema_decay else []
+        averaged = [bucket.share_of(bucket.master.data) for bucket in buckets] if train.ema_decay else []
         self.ema = Ema(averaged, train.ema_decay)
         pp = self.mesh.pp
         up, down = self.mesh.group(mesh_config.partition("pp")).pg, self.mesh.group(mesh_config.partition("pp")).pg

@@ -11,6 +11,7 @@ from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
 RECOMPUTE = ("none", "selective", "full")
+ZERO_BACKENDS = ("torch",)
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -31,6 +32,8 @@ class ParallelConfig:
         where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for it (`pair_up`).
     recompute: what the backward computes again instead of keeping it: `none`; `selective`, norms, the up-projections of
     attention and SwiGLU; `full`, every phase.
+    zero_stage: 1 cuts FP32 master weights and moments into a part for each rank that holds a copy; 0 cuts nothing.
+    zero_backend: who cuts, steps and gathers; one of `ZERO_BACKENDS`.
     layers_per_stage: layers of each stage, in order; None balances them by cost.
     ranks_per_node: ranks of one machine; routing groups are laid on nodes.
     """
@@ -44,6 +47,8 @@ class ParallelConfig:
     force_balance: bool = False
     overlap: bool = True
     recompute: str = "none"
+    zero_stage: int = 0
+    zero_backend: str = "torch"
     layers_per_stage: list[int] | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +56,8 @@ class ParallelConfig:
         check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
+        check_choice("parallel.zero_stage", self.zero_stage, (0, 1))
+        check_choice("parallel.zero_backend", self.zero_backend, ZERO_BACKENDS)
         if self.ep > 1 and self.dispatcher == "local":
             raise ValueError(
                 f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "

@@ -111,6 +111,7 @@ def parallelize(
             group=group.pg,
             num_copies=group.size,
             copy=group.rank,
+            is_sharded=parallel.zero_stage == 1,
         )
         for (names, decays, group) in _bucket_plan(meta, owners, mesh)
     ]
@@ -118,10 +119,9 @@ def parallelize(
     # Values: those of the whole model.
     first_expert = mesh.at.ep * num_local
     for bucket in buckets:
-        for name, master in bucket.views(bucket.master.data).items():
-            init_parameter_(name, master, seed, first_expert, config.initializer_range)
-        bucket.sync_weights()
-        for name, param in bucket.new_parameters().items():
+        for name, param in bucket.params.items():
+            value = torch.empty_like(param, dtype=accumulation_dtype, requires_grad=False)
+            bucket.fill(name, init_parameter_(name, value, seed, first_expert, config.initializer_range))
             _replace(model, name, param)
     num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
     bias_LE = torch.zeros(num_layers, config.n_routed_experts, device=device)

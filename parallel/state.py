@@ -2,8 +2,7 @@
 
 Keys are `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME` and `bias/NAME`. Stacked experts are taken apart,
 and numbered as in the whole model (`...mlp.experts.7.down_proj`): so a key never depends on the layout, and any layout
-finds what it needs. What the copies of a bucket share out among them is cut anywhere: `ema/NAME#START` is the part from
-element START on.
+finds what it needs. Where the borders of shares (infra/optim.py) cut a tensor, each copy has a piece of it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from infra.checkpoint import Checkpoint, CheckpointError
+from infra.checkpoint import Checkpoint, CheckpointError, piece
 from infra.ema import Ema
-from infra.optim import Bucket
+from infra.optim import Bucket, sync_weights
 from model.config import ModelConfig, RopeScaling
 from model.transformer import Transformer
 from parallel.parallelize import Replica, is_expert
@@ -25,16 +24,21 @@ WEIGHTS = ("master", "ema")  # what a model can be made of: the weights, or thei
 
 
 def held(replica: Replica, optimizer: torch.optim.Optimizer, ema: Ema) -> dict[str, Tensor]:
-    """Every named tensor, or part of one, that this rank holds; writing into one changes the state."""
-    state = {key: view for bucket in replica.buckets for key, view in _bucket_state(bucket, replica, optimizer)}
-    return state | _averages(replica, ema) | _biases(replica)
+    """Every named tensor, or piece of one, that this rank holds; writing into one changes the state."""
+    state = _averages(replica, ema) | _biases(replica)
+    for bucket in replica.buckets:
+        for kind, flat in _flats(bucket, optimizer).items():
+            state |= _named(kind, flat, bucket.held.start, bucket, replica)
+    return state
 
 
 def saved(replica: Replica, optimizer: torch.optim.Optimizer, ema: Ema, rank: int) -> dict[str, Tensor]:
-    """The part of `held` that world rank `rank` writes into a checkpoint: over all ranks, every key exactly once."""
-    first = [bucket for bucket in replica.buckets if bucket.copy == 0]
-    state = {key: view for bucket in first for key, view in _bucket_state(bucket, replica, optimizer)}
-    return state | _averages(replica, ema) | (_biases(replica) if rank == 0 else {})
+    """What world rank `rank` writes into a checkpoint, its shares: over all ranks, every element exactly once."""
+    state = _averages(replica, ema) | (_biases(replica) if rank == 0 else {})
+    for bucket in replica.buckets:
+        for kind, flat in _flats(bucket, optimizer).items():
+            state |= _named(kind, bucket.share_of(flat), bucket.share.start, bucket, replica)
+    return state
 
 
 @torch.no_grad()
@@ -53,13 +57,11 @@ def load(checkpoint: Checkpoint, replica: Replica, optimizer: torch.optim.Optimi
         warnings.warn(f"{checkpoint.folder} holds averages that end here: train.ema_decay=0 keeps none", stacklevel=2)
     if not has_averages:
         state = {key: view for key, view in state.items() if not key.startswith("ema/")}
-    whole = checkpoint.read({key.partition("#")[0] for key in state})
-    for key, view in state.items():
-        name, _, start = key.partition("#")
-        view.copy_(whole[name].flatten()[int(start or 0) :][: view.numel()].view_as(view))
+    for key, tensor in checkpoint.read(state).items():
+        state[key].copy_(tensor)
     for bucket in replica.buckets:
         optimizer.state[bucket.master]["step"].fill_(step)
-        bucket.sync_weights()
+    sync_weights(replica.buckets)
     if not has_averages:
         ema.restart()
 
@@ -86,7 +88,7 @@ def whole_tensor(saved: Checkpoint, name: str, shape: torch.Size, weights: str =
     else:
         keys = [f"{weights}/{name}"]
     read = saved.read(keys)
-    return torch.stack([read[key].flatten() for key in keys]).view(shape)
+    return torch.stack([read[key] for key in keys]).view(shape)
 
 
 def whole_model(saved: Checkpoint, weights: str = "master") -> Transformer:
@@ -98,11 +100,10 @@ def whole_model(saved: Checkpoint, weights: str = "master") -> Transformer:
     return model
 
 
-def _bucket_state(bucket: Bucket, replica: Replica, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _flats(bucket: Bucket, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is held of a bucket, by kind."""
     adam = optimizer.state[bucket.master]
-    yield from _named("master", bucket.master.data, 0, bucket, replica)
-    for kind in ("exp_avg", "exp_avg_sq"):
-        yield from _named(kind, adam[kind], 0, bucket, replica)
+    return {"master": bucket.master.data, "exp_avg": adam["exp_avg"], "exp_avg_sq": adam["exp_avg_sq"]}
 
 
 def _averages(replica: Replica, ema: Ema) -> dict[str, Tensor]:
@@ -110,30 +111,32 @@ def _averages(replica: Replica, ema: Ema) -> dict[str, Tensor]:
     return {
         key: view
         for bucket, average in zip(replica.buckets, averages, strict=bool(averages))
-        for key, view in _named("ema", average, bucket.share.start, bucket, replica)
+        for key, view in _named("ema", average, bucket.share.start, bucket, replica).items()
     }
 
 
-def _named(kind: str, flat: Tensor, first: int, bucket: Bucket, replica: Replica) -> Iterator[tuple[str, Tensor]]:
+def _named(kind: str, flat: Tensor, first: int, bucket: Bucket, replica: Replica) -> dict[str, Tensor]:
     """Views of `flat`, which holds the elements of a bucket from `first` on, by whole-model key."""
-    start = -first  # of the tensor at hand, in `flat`
-    for name, shape in _whole_model_shapes(bucket, replica):
-        begin, end = max(start, 0), min(start + shape.numel(), flat.numel())
-        if end - begin == shape.numel():
-            yield f"{kind}/{name}", flat[begin:end].view(shape)
+    views = {}
+    for name, at, shape in _whole_model_tensors(bucket, replica):
+        numel, offset = shape.numel(), at - first
+        begin, end = max(offset, 0), min(offset + numel, flat.numel())
+        if end - begin == numel:
+            views[f"{kind}/{name}"] = flat[begin:end].view(shape)
         elif end > begin:
-            yield f"{kind}/{name}#{begin - start}", flat[begin:end]
-        start += shape.numel()
+            views[piece(f"{kind}/{name}", begin - offset, end - offset, shape)] = flat[begin:end]
+    return views
 
 
-def _whole_model_shapes(bucket: Bucket, replica: Replica) -> Iterator[tuple[str, torch.Size]]:
-    """Of the tensors of a bucket, in order, experts taken apart."""
-    for name, shape in bucket.shapes.items():
+def _whole_model_tensors(bucket: Bucket, replica: Replica) -> Iterator[tuple[str, int, torch.Size]]:
+    """(name, where its elements begin in the bucket, shape), experts taken apart."""
+    for name, (at, shape) in bucket.places.items():
         if is_expert(name):
             stem, leaf = name.rsplit(".", 1)
-            yield from ((f"{stem}.{replica.first_expert + i}.{leaf}", shape[1:]) for i in range(shape[0]))
+            for i in range(shape[0]):
+                yield f"{stem}.{replica.first_expert + i}.{leaf}", at + i * shape[1:].numel(), shape[1:]
         else:
-            yield name, shape
+            yield name, at, shape
 
 
 def _biases(replica: Replica) -> dict[str, Tensor]:

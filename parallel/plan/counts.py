@@ -1,8 +1,9 @@
 """Exactly what every rank holds: parameters by layer, and by the group of ranks that shares them. No torch.
 
-Parameters fall into *groups* as in `parallelize`: the same pipeline ranks own them, and they are routed experts (copied
-over `expert_dp`) or not (copied over `dp`). A group's gradients are summed over its copies, and ZeRO-1 cuts its
-optimizer states into that many parts. The tests hold these counts against the buckets of a real run, byte for byte.
+Parameters fall into *groups* as in `parallelize`: the same pipeline ranks own them, they are routed experts (copied
+over `expert_dp`) or not (copied over `dp`), and matrices, which decay, or vectors. A group's gradients are summed over
+its copies, and ZeRO-1 cuts its optimizer states into that many shares. The tests hold these counts against the buckets
+of a real run, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from model.config import ModelConfig
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
 
+ALIGNMENT = 16  # elements: every copy's share of a group is a multiple (infra/optim.py)
+
 
 class Count(NamedTuple):
-    """Parameters of a layer: routed experts of all ranks, and all else."""
+    """Parameters of a layer: matrices, vectors (of norms: they do not decay), and the routed experts of all ranks."""
 
-    dense: int
+    matrices: int
+    vectors: int
     experts: int
 
 
 class Group(NamedTuple):
-    """Parameters on one rank that `copies` ranks hold alike: `inside` of them on a node, on `outside` nodes."""
+    """Parameters of one kind on a rank that `copies` ranks hold: `inside` of them on a node, on `outside` nodes."""
 
     num_params: int
     is_expert: bool
@@ -34,16 +38,22 @@ class Group(NamedTuple):
     def copies(self) -> int:
         return self.inside * self.outside
 
+    @property
+    def share(self) -> int:
+        """Elements that each copy answers for, with padding."""
+        return -(-self.num_params // (self.copies * ALIGNMENT)) * ALIGNMENT
+
 
 def layer_count(model: ModelConfig, layer: int) -> Count:
     """Of a layer by its whole-model number; those after the last are the modules of MTP."""
-    dense = model.attention_params + model.norm_params
+    matrices, vectors = model.attention_params, model.norm_params
     if layer < model.first_k_dense_replace:
-        return Count(dense + 3 * model.hidden_size * model.intermediate_size, 0)
-    dense += model.n_routed_experts * model.hidden_size + model.n_shared_experts * model.expert_params
+        return Count(matrices + 3 * model.hidden_size * model.intermediate_size, vectors, 0)
+    matrices += model.n_routed_experts * model.hidden_size + model.n_shared_experts * model.expert_params
     if layer >= model.num_hidden_layers:
-        dense += 2 * model.hidden_size**2 + 3 * model.hidden_size
-    return Count(dense, model.n_routed_experts * model.expert_params)
+        matrices += 2 * model.hidden_size**2
+        vectors += 3 * model.hidden_size
+    return Count(matrices, vectors, model.n_routed_experts * model.expert_params)
 
 
 def owner_groups(model: ModelConfig, schedule: Schedule, layers_of: list[list[int]]) -> dict[tuple[int, ...], Count]:
@@ -51,13 +61,12 @@ def owner_groups(model: ModelConfig, schedule: Schedule, layers_of: list[list[in
     last = schedule.num_stages - 1
     embedding = model.vocab_size * model.hidden_size
     pieces = [({stage}, layer_count(model, n)) for stage, layers in enumerate(layers_of) for n in layers]
-    pieces.append(({0, last} if model.num_nextn_predict_layers else {0}, Count(embedding, 0)))
-    pieces.append(({last}, Count(embedding + model.hidden_size, 0)))  # the head and the final norm
+    pieces.append(({0, last} if model.num_nextn_predict_layers else {0}, Count(embedding, 0, 0)))
+    pieces.append(({last}, Count(embedding, model.hidden_size, 0)))  # the head and the final norm
     groups: dict[tuple[int, ...], Count] = {}
     for stages, count in pieces:
         owners = tuple(sorted({route[s] for route in schedule.placement for s in stages}))
-        before = groups.get(owners, Count(0, 0))
-        groups[owners] = Count(before.dense + count.dense, before.experts + count.experts)
+        groups[owners] = Count(*map(sum, zip(groups.get(owners, Count(0, 0, 0)), count, strict=True)))
     return groups
 
 
@@ -72,9 +81,9 @@ def rank_groups(
         dense_inside = min(mesh.dp, node)
         expert_inside = max(1, min(mesh.dp, node) // mesh.ep)
         for rank in owners:
-            if count.dense:
-                outside = nodes_a_pipeline_rank * len(owners) if mesh.dp >= node else len(owners)
-                result[rank].append(Group(count.dense, False, dense_inside, outside))
+            outside = nodes_a_pipeline_rank * len(owners) if mesh.dp >= node else len(owners)
+            dense = [Group(n, False, dense_inside, outside) for n in (count.matrices, count.vectors) if n]
+            result[rank] += dense
             if count.experts:
                 copies = mesh.expert_dp * len(owners)
                 experts = count.experts // mesh.ep
@@ -84,7 +93,8 @@ def rank_groups(
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on one rank. weights: what is computed with; optimizer: master weights and moments; host: the EMA."""
+    """Bytes on one rank, with the padding of shares. weights: what is computed with; optimizer: master weights and
+    moments; host: the EMA."""
 
     num_params: int
     weights: int
@@ -98,21 +108,20 @@ class StateBytes:
 
 
 def state_bytes(groups: list[Group], precision: str, zero_stage: int, moments: str, ema: bool) -> StateBytes:
-    """Of the groups of one rank. moments: fp32 or bf16 (V3). With zero_stage=1 each copy keeps its part of the states;
+    """Of the groups of one rank. moments: fp32 or bf16 (V3). With zero_stage=1 each copy keeps its share of the states;
     of the EMA it always does.
 
-    The masters are FP32; runs in FP32 compute with them, so their weights take no memory of their own.
+    The masters are FP32. Runs in FP32 compute with them, so what is held as master takes no memory as weight.
     """
     accumulation = 8 if precision == "fp64" else 4
-    computing = {"fp64": 0, "fp32": 0}.get(precision, 2)
     each_moment = {"fp32": accumulation, "bf16": 2}[moments]
-    num_params = sum(group.num_params for group in groups)
-    shares = [-(-group.num_params // group.copies) for group in groups]
-    parts = shares if zero_stage else [group.num_params for group in groups]
+    shares = sum(group.share for group in groups)
+    whole = sum(group.share * group.copies for group in groups)
+    held = shares if zero_stage else whole
     return StateBytes(
-        num_params=num_params,
-        weights=num_params * computing,
-        gradients=num_params * accumulation,
-        optimizer=sum(parts) * (accumulation + 2 * each_moment),
-        ema_host=sum(shares) * accumulation if ema else 0,
+        num_params=sum(group.num_params for group in groups),
+        weights=(whole - held) * accumulation if precision in ("fp32", "fp64") else whole * 2,
+        gradients=whole * accumulation,
+        optimizer=held * (accumulation + 2 * each_moment),
+        ema_host=shares * accumulation if ema else 0,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
-from parallel.config import RECOMPUTE, ParallelConfig
+from parallel.config import ParallelConfig
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import SCHEDULES
@@ -63,12 +63,6 @@ class Layout:
         if self.precision == "fp8":
             words.append("parallel.dispatch_dtype=fp8")
         return [*words, f"precision={self.precision}", f"train.microbatch_size={self.microbatch_size}"]
-
-    def missing(self) -> list[str]:
-        """Words that launch/pretrain.py does not know (yet): asked of its config, not listed here."""
-        known = {field.name for field in fields(ParallelConfig)}
-        found = [] if self.recompute in RECOMPUTE else [f"parallel.recompute={self.recompute}"]
-        return found + ([] if "zero_stage" in known or not self.zero_stage else ["parallel.zero_stage"])
 
     def differs(self, other: Layout) -> dict[str, tuple[Any, Any]]:
         """The words that differ: {name: (mine, the other's)}."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infra import checkpoint
-from infra.checkpoint import Checkpoint, CheckpointError
+from infra.checkpoint import Checkpoint, CheckpointError, piece
 from tests.ranks import run_ranks
 
 
@@ -31,17 +31,41 @@ def test_what_is_saved_is_read(tmp_path):
         assert read[name].dtype == tensor.dtype
 
 
-def test_parts_are_read_as_one(tmp_path):
-    whole = torch.arange(12.0)
-    parts = {"a": torch.ones(2, 2), "x#10": whole[10:], "x#0": whole[:3], "x#3": whole[3:10]}
-    saved = Checkpoint(checkpoint.save(tmp_path, 1, parts, {}, keep=1))
+def test_pieces_are_read_as_one_and_in_other_pieces(tmp_path):
+    whole = torch.arange(12.0).view(4, 3)
+    borders = [10, 12, 0, 3, 3, 10]
+    pieces = {piece("x", i, j, (4, 3)): whole.flatten()[i:j] for i, j in zip(borders[::2], borders[1::2], strict=True)}
+    saved = Checkpoint(checkpoint.save(tmp_path, 1, {"a": whole + 1, **pieces}, {}, keep=1))
     assert saved.keys == {"a", "x"}
-    read = saved.read(["a", "x"])
-    assert torch.equal(read["x"], whole)
-    assert torch.equal(read["a"], parts["a"])
-    del parts["x#3"]
-    with pytest.raises(CheckpointError, match="the part before x#10 is missing"):
-        Checkpoint(checkpoint.save(tmp_path, 2, parts, {}, keep=1)).read(["x"])
+    assert torch.equal(saved.read(["x"])["x"], whole)
+    for start in range(12):
+        for stop in range(start + 1, 13):
+            read = saved.read([piece("a", start, stop, (4, 3)), piece("x", start, stop, (4, 3))])
+            a, x = read.values()
+            assert torch.equal(x, whole.flatten()[start:stop])
+            assert torch.equal(a, x + 1)
+
+
+@pytest.mark.parametrize(
+    ("borders", "wrong"),
+    [
+        ([(0, 5), (4, 12)], "do not fit at element 5"),  # an element twice
+        ([(0, 5), (0, 5), (5, 12)], "do not fit at element 5"),
+        ([(0, 5), (6, 12)], "do not fit at element 5"),  # an element missing
+        ([(5, 12)], "do not fit at element 0"),
+        ([(0, 5), (5, 11)], "saved up to element 11 of 12"),
+    ],
+)
+def test_pieces_that_are_not_the_whole_are_refused(borders, wrong):
+    keys = [piece("x", start, stop, (4, 3)) for start, stop in borders]
+    with pytest.raises(AssertionError, match=wrong):
+        checkpoint._check_whole(keys)
+    checkpoint._check_whole([piece("x", 0, 5, (4, 3)), "whole", piece("x", 5, 12, (4, 3))])
+
+
+def test_a_tensor_that_two_ranks_save_is_refused():
+    with pytest.raises(AssertionError, match="2 ranks save a"):
+        checkpoint._check_whole(["a", "b", "a"])
 
 
 def test_only_the_newest_are_kept(tmp_path):

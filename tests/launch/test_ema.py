@@ -7,6 +7,7 @@ import torch
 
 from infra.checkpoint import Checkpoint, CheckpointError
 from infra.distributed import World
+from infra.optim import ALIGNMENT
 from launch.convert import to_hugging_face
 from launch.trainer import Trainer
 from model.hf import HuggingFaceCheckpoint
@@ -86,7 +87,8 @@ def test_every_layout_keeps_the_same_average_once(data, alone, tmp_path, layout)
     folder, expected = alone
     world, parallel = LAYOUTS[layout]
     held = run_ranks(world, _steps, settings(data, **parallel), tmp_path, None)
-    assert sum(held) == sum(t.numel() for t in expected.values())
+    padding = sum(held) - sum(t.numel() for t in expected.values())
+    assert 0 <= padding < 6 * ALIGNMENT * world  # a rank has six buckets at most
     for name, tensor in averages(tmp_path / "step_3").items():
         torch.testing.assert_close(tensor, expected[name].flatten(), rtol=1e-6, atol=1e-9)  # of BF16 moments
     again = tmp_path / "again"

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from omegaconf import OmegaConf
 
 from conf.schema import register
 from launch import plan as cli
-from parallel.config import ParallelConfig
 
 Run = Callable[..., tuple[str, str]]
 SMALL = ("model=debug", "cluster=laptop", "train.global_batch_size=16", "data.sequence_length=256", "train.tokens=1e8")
@@ -59,26 +57,14 @@ def test_files_hold_every_row_and_lines_that_pretrain_composes(run: Run, tmp_pat
     assert "<table>" in (tmp_path / "plan/plan.html").read_text()
     register()
     composed = 0
-    known = {field.name for field in fields(ParallelConfig)}
     for row in plan["rows"]:
         assert sum(row["terms"].values()) == pytest.approx(row["step_time"])
         words = row["line"].split()
-        if any("recompute" in word for word in row["missing"]):
-            continue
-        words = [w for w in words if not (w.startswith("parallel.") and w[9:].partition("=")[0] not in known)]
         with initialize_config_module("conf", version_base="1.3"):
             config = OmegaConf.to_object(compose("pretrain", words))
         assert config.train.global_batch_size == 16  # type: ignore[union-attr]
         composed += 1
     assert composed >= 5
-
-
-def test_a_row_names_the_words_that_pretrain_lacks(run: Run, tmp_path: Path) -> None:
-    run(*SMALL, "exact=5", "parallel.recompute=selective", "out=plan")
-    missing = json.loads((tmp_path / "plan/plan.json").read_text())["rows"][0]["missing"]
-    from parallel.config import RECOMPUTE
-
-    assert ("parallel.recompute=selective" in missing) == ("selective" not in RECOMPUTE)
 
 
 @pytest.mark.parametrize(

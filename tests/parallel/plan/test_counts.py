@@ -1,5 +1,7 @@
 """What the planner counts against what a real rank holds, byte for byte."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -11,14 +13,14 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.parallelize import parallelize
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.split import split_layers
-from parallel.plan.counts import layer_count, rank_groups, state_bytes
+from parallel.plan.counts import ALIGNMENT, layer_count, rank_groups, state_bytes
 from parallel.plan.layout import schedule_of
 from tests.parallel.layouts import tiny
 from tests.ranks import run_ranks
 
 
-def real_bytes(config: ModelConfig, parallel: ParallelConfig, world: int, precision: str) -> tuple[int, ...]:
-    """(parameters, weights, gradients, optimizer, copies of each bucket's parameters) on this rank."""
+def real_bytes(config: ModelConfig, parallel: ParallelConfig, world: int, precision: str, moments: str) -> dict:
+    """What this rank holds, and the copies of each bucket's parameters."""
     mesh = Mesh(MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world))
     replica = parallelize(
         config,
@@ -32,15 +34,17 @@ def real_bytes(config: ModelConfig, parallel: ParallelConfig, world: int, precis
         microbatch=(1, 8),
     )
     buckets = replica.buckets
-    optimizer = make_adamw(buckets, 1e-3, (0.9, 0.95), 1e-8)
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
-    return (
-        sum(b.master.numel() for b in buckets),
-        sum(b.weight.nbytes for b in buckets if b.weight.data_ptr() != b.master.data_ptr()),
-        sum(b.grad.nbytes for b in buckets),
-        sum(b.master.nbytes for b in buckets) + moments,
-        sum(b.master.numel() * b.num_copies for b in buckets),
-    )
+    optimizer = make_adamw(buckets, 1e-3, (0.9, 0.95), 1e-8, moments)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for b in buckets for t in (b.weight, b.master)}
+    masters = sum(b.master.nbytes for b in buckets)
+    return {
+        "num_params": sum(p.numel() for b in buckets for p in b.params.values()),
+        "weights": sum(storage.nbytes() for storage in storages.values()) - masters,
+        "gradients": sum(b.grad.nbytes for b in buckets),
+        "optimizer": masters + sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim()),
+        "ema_host": sum(b.share_of(b.master).nbytes for b in buckets),
+        "copied": sum(p.numel() * b.num_copies for b in buckets for p in b.params.values()),
+    }
 
 
 LAYOUTS = [
@@ -50,23 +54,28 @@ LAYOUTS = [
     (ParallelConfig(pp=2, ep=2, schedule="zbv", dispatcher="two_hop", ranks_per_node=2), 4, "bf16", 0),
     (ParallelConfig(ep=4, schedule="1f1b", dispatcher="two_hop", ranks_per_node=2), 4, "fp8", 2),
     (ParallelConfig(pp=2, schedule="interleaved_1f1b"), 4, "bf16", 1),
+    (ParallelConfig(pp=2, ep=2, schedule="dualpipe", dispatcher="all_to_all", zero_stage=1), 4, "bf16", 1),
+    (ParallelConfig(ep=2, schedule="1f1b", dispatcher="all_to_all", zero_stage=1), 4, "fp8", 1),
+    (ParallelConfig(pp=2, schedule="interleaved_1f1b", zero_stage=1), 8, "fp64", 1),
 ]
 
 
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("parallel", "world", "precision", "depths"), LAYOUTS, ids=lambda v: getattr(v, "schedule", None)
 )
-def test_states_are_those_of_a_real_run(parallel: ParallelConfig, world: int, precision: str, depths: int) -> None:
+def test_states_are_those_of_a_real_run(
+    parallel: ParallelConfig, world: int, precision: str, depths: int, moments: str
+) -> None:
     config = tiny(5, num_nextn_predict_layers=depths)
     mesh = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world)
     schedule = schedule_of(parallel.schedule, parallel.pp, 2 * parallel.pp)
     planned = rank_groups(config, mesh, schedule, split_layers(config, schedule.num_stages))
-    measured = run_ranks(world, lambda rank, size: real_bytes(config, parallel, size, precision))
+    measured = run_ranks(world, lambda rank, size: real_bytes(config, parallel, size, precision, moments))
     for rank, real in enumerate(measured):
         groups = planned[mesh.coordinates(rank).pp]
-        states = state_bytes(groups, precision, zero_stage=0, moments="fp32", ema=False)
-        copied = sum(g.num_params * g.copies for g in groups)
-        assert (states.num_params, states.weights, states.gradients, states.optimizer, copied) == real
+        states = state_bytes(groups, precision, parallel.zero_stage, moments, ema=True)
+        assert asdict(states) | {"copied": sum(g.num_params * g.copies for g in groups)} == real
 
 
 def test_the_comparison_can_fail() -> None:
@@ -92,7 +101,8 @@ def test_zero_1_cuts_only_optimizer_states() -> None:
     groups = rank_groups(config, MeshConfig(16, 64, 8, 2048), schedule, split_layers(config, 16))[7]
     whole, cut = (state_bytes(groups, "fp8", stage, "bf16", True) for stage in (0, 1))
     assert (whole.weights, whole.gradients) == (cut.weights, cut.gradients)
-    dense, experts = groups
-    assert (dense.copies, experts.copies) == (256, 4)  # both directions of DualPipe hold a copy
-    assert cut.optimizer == 8 * (-(-dense.num_params // 256) + -(-experts.num_params // 4))
-    assert whole.optimizer == 8 * (dense.num_params + experts.num_params)
+    assert [group.copies for group in groups] == [256, 256, 4]  # both directions of DualPipe hold a copy
+    for group in groups:
+        assert group.num_params <= group.copies * group.share < group.num_params + group.copies * ALIGNMENT
+    assert cut.optimizer == 8 * sum(group.share for group in groups)
+    assert whole.optimizer == 8 * sum(group.copies * group.share for group in groups)
