@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from infra.allocator import keep_freed_memory
 from measuring.ratios import quartiles, ratios, setting
 from measuring.torch_schedules import our_executor, torch_step
 from model.block import Block
@@ -113,6 +114,7 @@ class LayersStage:
 
 def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
     """On every rank: seconds of each turn of one process (rank 0 alone), of ours and of torch's schedules."""
+    keep_freed_memory()  # as every training process does
     groups = (dist.new_group(), dist.new_group())
     batch_MBLD = torch.randn(MICROBATCHES, PER_MICROBATCH, LENGTH, HIDDEN)
     whole = Layers(layers_of(0, 1, plain=True))

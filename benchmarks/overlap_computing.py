@@ -6,7 +6,8 @@ cluster: 2 nodes x 1 rank, one thread each, ep 2, no pipeline: MoE layers, 1F1B 
          that shared a core would fill each other's waits, so there are no more of them than cores. Links are set so
          that the all-to-alls of a step take 30, 60 and 100 % of its compute time: what they take over links as good as
          none is measured first, and what that leaves goes to the links. The experts are large for their rows, since the
-         same cores also have to copy what travels, which no order can hide.
+         same cores also have to copy what travels, which no order can hide. Routing is balanced by force: a rank with
+         more than its share would be waited for, which is not travel.
 cost:    1 rank, local dispatcher: phases against plain autograd over the same model, and pairs overlapped against the
          same slots in turn.
 """
@@ -27,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from infra import distributed
+from infra.allocator import keep_freed_memory
 from infra.precision import PrecisionConfig
 from measuring.cluster import from_rank, on_cluster
 from measuring.pipelined_step import PipelinedStep, in_turn
@@ -70,7 +72,7 @@ def make_steps(ep: int) -> tuple[dict[str, PipelinedStep], Tensor]:
     alone = SCHEDULES["1f1b"](1, MICROBATCHES)
     replica = parallelize(
         MODEL,
-        ParallelConfig(ep=ep, ranks_per_node=1, dispatcher="two_hop" if ep > 1 else "local"),
+        ParallelConfig(ep=ep, ranks_per_node=1, dispatcher="two_hop" if ep > 1 else "local", force_balance=True),
         mesh,
         alone,
         precision=PrecisionConfig("fp32"),
@@ -134,6 +136,7 @@ def cluster_part(shares: list[float], rounds: int, console: Console) -> list[dic
 
 def cost_part(rounds: int, console: Console) -> dict[str, list[float]]:
     """Seconds of each, in turn: plain autograd; phases, one slot of one after the other; pairs in turn; overlapped."""
+    keep_freed_memory()  # as every training process does
     model = init_model_(Transformer(MODEL), seed=0)
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]  # as every parameter here has

@@ -222,9 +222,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.6, 1.0], help="of communication")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("overlap_sleeping.json"))
-    parser.add_argument(
-        "--rank", nargs=1, type=int, help=argparse.SUPPRESS
-    )  # how this script starts itself on the ranks
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how this script starts itself: rounds
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.rank:

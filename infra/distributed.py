@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from infra.allocator import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class World:
@@ -91,7 +93,9 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
+    else:
+        keep_freed_memory()
+    if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     dist.init_process_group(
