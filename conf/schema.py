@@ -15,6 +15,7 @@ from infra.data import DataConfig
 from infra.lr import BatchRampConfig, LRConfig
 from infra.precision import PrecisionConfig
 from infra.spike import SpikeConfig
+from infra.watchdog import HangConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, check_choice
 
@@ -76,11 +77,15 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: steps between checkpoints (0: only at the end). keep: how many stay. resume: go on from the newest."""
+    """every: steps between checkpoints (0: only at the end). keep: how many stay. resume: go on from the newest.
+
+    asynchronous: training goes on while a copy of its state is written; the last checkpoint is waited for in any case.
+    """
 
     every: int = 0
     keep: int = 2
     resume: bool = True
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.every < 0:
@@ -107,6 +112,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    hang: HangConfig = field(default_factory=HangConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

@@ -35,6 +35,7 @@ from infra.tensor_file import save_tensors
 FORMAT = 1
 _STEP = re.compile(r"step_\d+")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)/([\dx]+)\]")
+_WRITING = re.compile(r"\.step_(\d+)\.writing")
 
 
 class CheckpointError(ValueError):
@@ -61,12 +62,20 @@ def _parse(key: str) -> tuple[str, _Bounds]:
     return key, _Bounds()
 
 
-def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], keep: int) -> Path:
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Writes `root/step_<step>`; collective over the world.
 
     tensors: what this rank contributes, whole tensors and pieces; over all ranks, each element exactly once.
     meta: JSON values, rank 0's count.
     keep: how many checkpoints stay; older ones are removed once this one is whole.
+    group: the whole world, where the default group is in use elsewhere.
     Raises OSError on every rank when any rank could not write (a full disk); older checkpoints are untouched.
     """
     rank, world_size = _place()
@@ -78,7 +87,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
             beside.mkdir(parents=True)
         except OSError as failure:
             error = failure
-    _agree(error, root)
+    _agree(error, root, group)
     file = beside / f"rank_{rank:05d}.safetensors"
     try:
         save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
@@ -87,14 +96,14 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str
     except OSError as failure:
         error = _named(failure, file)
     try:
-        _agree(error, root)
+        _agree(error, root, group)
         if rank == 0:
             try:
                 _publish(beside, target, world_size, dict(meta, step=step))
-                _prune(root, keep)
+                _prune(root, step, keep)
             except OSError as failure:
                 error = _named(failure, target)
-        _agree(error, root)
+        _agree(error, root, group)
     except OSError:
         if rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
@@ -239,6 +248,14 @@ def _check_whole(keys: Iterable[str]) -> None:
         assert not shape or end == prod(shape), f"{key} is saved up to element {end} of {prod(shape)}"
 
 
+def clear(root: Path) -> Iterator[tuple[Path, int]]:
+    """Removes what a kill has left half-written under `root`: the folder, and the step of each."""
+    for folder in sorted(root.glob(".step_*.writing")):
+        if match := _WRITING.fullmatch(folder.name):
+            shutil.rmtree(folder)
+            yield folder, int(match[1])
+
+
 def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) -> None:
     files: dict[str, Any] = {}
     for rank in range(world_size):
@@ -254,16 +271,17 @@ def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) 
     _sync_folder(target.parent)
 
 
-def _prune(root: Path, keep: int) -> None:
-    for folder in folders(root)[:-keep]:
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Leaves the last `keep` up to `step`. Later ones were passed over as damaged, and do not count."""
+    for folder in [folder for folder in folders(root) if step_of(folder) <= step][:-keep]:
         shutil.rmtree(folder)
 
 
-def _agree(error: OSError | None, root: Path) -> None:
+def _agree(error: OSError | None, root: Path, group: dist.ProcessGroup | None) -> None:
     """A barrier that fails on every rank when one rank has failed."""
     failed = torch.tensor(int(error is not None))
     if dist.is_initialized():
-        dist.all_reduce(failed)
+        dist.all_reduce(failed, group=group)
     if error is not None:
         raise error
     if failed:

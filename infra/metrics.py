@@ -102,7 +102,7 @@ class Metrics:
         self.close()
         say = self._console.print
         how = "finished" if self._done >= self.num_steps else "stopped"
-        say(f"{how} at step {self._done} of {self.num_steps} after {_duration(time.monotonic() - self._started)}")
+        say(f"{how} at step {self._done} of {self.num_steps} after {duration(time.monotonic() - self._started)}")
         if self._last:
             say(f"  loss        {_number(self._first, 'loss')} at step {self._first['step']}, now {self._text()}")
         places = {"metrics": self.path, "tensorboard": f"tensorboard --logdir {self.folder / 'tensorboard'}"}
@@ -156,7 +156,7 @@ class Metrics:
         held_out = any(name.startswith("eval_") for name in record)
         if held_out or (self._live.disable and self._is_due(self._done)):
             rate = (time.monotonic() - self._opened) / (self._done - self._done_before)
-            left = _duration(rate * (self.num_steps - self._done))
+            left = duration(rate * (self.num_steps - self._done))
             self._console.print(
                 f"step {self._done}/{self.num_steps}  loss {self._text()}  {speed} tokens/s  left {left}"
             )
@@ -199,7 +199,8 @@ def _number(record: Record, key: str) -> str:
     return f"{record.get(key, math.nan):.4f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1:02:03, of hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

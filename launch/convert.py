@@ -80,9 +80,10 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str
     """Writes `target` from the weights of a training checkpoint.
 
     Raises:
-        CheckpointError: where `source` is none. ValueError: where `target` exists.
+        CheckpointError: where `source` is none, or damaged. ValueError: where `target` exists.
     """
     ours = checkpoint.Checkpoint(source)
+    ours.verify()
     config = state.model_config(ours)
     shapes = names_and_shapes(config)
     names = track(shapes.items(), description="writing")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,8 +28,10 @@ from infra.metrics import Metrics, read_records
 from infra.prepare import prepare_default
 from infra.token_file import read_tokenizer
 from launch.files import save
+from launch.hang import watchdog
 from launch.rollback import left_out, roll_back
 from launch.trainer import Trainer
+from launch.waits import Waits
 
 DEFAULT_DATA = Path("data/python_stdlib")
 
@@ -80,28 +83,39 @@ def fit(trainer: Trainer) -> None:
             print(f"{folder} is at step {trainer.step} already: nothing to do for train.steps={config.train.steps}")
         return
     last_saved = trainer.step
-    with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics:
+    waits = Waits()
+    with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics, watchdog(trainer) as watch:
         limit = config.train.max_skipped_steps
         while trainer.step < config.train.steps and trainer.skipped_in_a_row < limit and not trainer.asked_to_stop():
+            watch.doing("a step")
             record, histograms = trainer.train_step()
             if trainer.skipped_in_a_row:
                 _note_skipped_step(trainer, record, metrics)
-            if trainer.losses.has_spiked and roll_back(trainer, record["lm_loss"]):
-                last_saved = trainer.step
-                if metrics:
-                    metrics.go_back(trainer.step)
-                    metrics.say(incidents.read(folder)[-1]["why"])
-                continue
+            if trainer.losses.has_spiked:
+                watch.doing("a rollback")
+                if roll_back(trainer, record["lm_loss"]):
+                    last_saved = trainer.step
+                    if metrics:
+                        metrics.go_back(trainer.step)
+                        metrics.say(incidents.read(folder)[-1]["why"])
+                    continue
             is_last = trainer.step == config.train.steps
             if is_last or (config.train.eval_every and trainer.step % config.train.eval_every == 0):
+                watch.doing("an evaluation")
                 record |= trainer.evaluate()
             if metrics:
                 metrics.write(record, histograms)
+                if why := waits.add(record):
+                    incidents.note(folder, "slow_rank", trainer.step, why, rank=record["straggler_rank"])
+                    metrics.say(why)
             if due and trainer.step % due == 0 and not is_last:
-                trainer.save(checkpoints)
+                watch.doing("a checkpoint")
+                trainer.save(checkpoints, wait=not config.checkpoint.asynchronous)
                 last_saved = trainer.step
+        watch.doing("the end")
         if trainer.step > last_saved:
             trainer.save(checkpoints)
+        trainer.saver.wait()
         if trainer.skipped_in_a_row == limit:
             raise ValueError(
                 f"the last train.max_skipped_steps={limit} steps, to step {trainer.step}, had "
@@ -112,7 +126,7 @@ def fit(trainer: Trainer) -> None:
 
             write_trace(folder / "trace", trainer.executor, trainer.mesh.pp, trainer.clock_offset)
         if metrics:
-            metrics.finish(_places(trainer, checkpoints))
+            metrics.finish(_places(trainer, checkpoints, waits))
 
 
 def resume(trainer: Trainer) -> None:
@@ -128,6 +142,11 @@ def resume(trainer: Trainer) -> None:
     def note_damage(damaged: Path, why: str) -> None:
         incidents.note(folder, "damaged_checkpoint", checkpoint.step_of(damaged), why)
 
+    if trainer.world.is_main:
+        for half, at in checkpoint.clear(checkpoints):
+            why = f"{half} was half-written, and is removed"
+            warnings.warn(why, stacklevel=2)
+            incidents.note(folder, "half_written_checkpoint", at, why)
     if trainer.world.is_main and (existing := checkpoint.folders(checkpoints)):
         if not config.checkpoint.resume:
             raise ValueError(
@@ -162,7 +181,7 @@ def _metrics(trainer: Trainer, folder: Path) -> Metrics:
     return Metrics(folder, train.steps, done=trainer.step, log_every=train.log_every)
 
 
-def _places(trainer: Trainer, checkpoints: Path) -> dict[str, Any]:
+def _places(trainer: Trainer, checkpoints: Path, waits: Waits) -> dict[str, Any]:
     places: dict[str, Any] = {"config": checkpoints.parent / "config.yaml"}
     newest = checkpoints / f"step_{trainer.step}"
     timeline = checkpoints.parent / "trace" / "timeline.html"
@@ -171,4 +190,8 @@ def _places(trainer: Trainer, checkpoints: Path) -> dict[str, Any]:
     if newest.exists():
         places["checkpoint"] = newest
         places["sample"] = f"python launch/generate.py checkpoint={newest}"
+    if whom := waits.summary():
+        places["waited for"] = whom
+    if incidents.read(checkpoints.parent):
+        places["incidents"] = checkpoints.parent / incidents.FILE
     return places

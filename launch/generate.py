@@ -55,8 +55,12 @@ class GenerateConfig:
 
 
 def find(folder: Path) -> Path:
-    """The checkpoint itself, or the newest one of a run folder."""
+    """The checkpoint itself, every byte read, or the newest whole one of a run folder.
+
+    Raises CheckpointError where it is damaged.
+    """
     if (folder / "index.json").exists():
+        checkpoint.Checkpoint(folder).verify()
         return folder
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:

@@ -29,6 +29,7 @@ def roll_back(trainer: Trainer, loss: float) -> bool:
     folder, losses = Path(trainer.config.run.dir), trainer.losses
     start, end = losses.suspect
     target = -1
+    trainer.saver.wait()
     if trainer.world.is_main:
         target = _step_before(folder / "checkpoints", start, losses.left_out)
         what = f"loss {loss:.4g} is a spike"

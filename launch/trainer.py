@@ -21,9 +21,10 @@ import torch.distributed as dist
 from conf.schema import Config, TrainConfig
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
-from infra.distributed import World, any_rank, largest
+from infra.distributed import World, largest
 from infra.ema import Ema
 from infra.optim import clip_gradients, discard_gradients, global_grad_norm, make_adamw, reduce_gradients, update
+from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
 from model.moe import updated_bias
 from parallel import state
@@ -36,6 +37,7 @@ from parallel.pipeline.measure import bubble_fraction, clock_offset
 from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import forward_only, lower
 from parallel.pipeline.stage import BatchScale
+from parallel.straggler import gathered, own_times, straggler
 
 Record = dict[str, float]
 
@@ -46,6 +48,7 @@ _MAY_CHANGE = {
     *("rope_scaling", "max_position_embeddings", "num_key_value_heads"),
 }
 
+_FAILED = 2  # a rank could not write its part of a checkpoint; more than its being asked to stop, which is 1
 _MANY = 1 << 10  # microbatches: more than any schedule needs
 
 
@@ -91,9 +94,12 @@ class Trainer:
         self.clock_offset = clock_offset(pp)
         self.executor: Executor | None = None  # of the last training step
         self._executor = lru_cache(maxsize=8)(self._make_executor)
+        self._running: Executor | None = None
+        self._load_time = self._update_time = 0.0
         self.step, self.samples, self.tokens = 0, 0, 0
         self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.losses = LossHistory(config.spike)
+        self.saver = Saver()
         self._asked_to_stop = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -107,8 +113,9 @@ class Trainer:
         assert self.executor is not None
         computed = time.perf_counter()
         reduce_gradients(self.replica.buckets)
-        comm_times = self._comm_times(time.perf_counter() - computed)
+        times = self._times(time.perf_counter() - computed)
         norm = global_grad_norm(self.replica.buckets, self.world.size)
+        reduced = time.perf_counter()
         if math.isfinite(norm) and math.isfinite(sums["loss"]):  # sums over all ranks: all decide alike
             self.skipped_in_a_row = 0
             clip_gradients(self.replica.buckets, norm, config.optim.clip)
@@ -123,6 +130,7 @@ class Trainer:
             self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
             discard_gradients(self.replica.buckets)
             self.losses.has_spiked = False
+        self._update_time = time.perf_counter() - reduced
         self.step, self.samples = self.step + 1, self.samples + size
         num_tokens = size * config.data.sequence_length
         self.tokens += num_tokens
@@ -131,7 +139,7 @@ class Trainer:
             "step": self.step,
             **sums,
             **self.replica.dispatcher.traffic.record(self._everyone),
-            **comm_times,
+            **times,
             "nats_per_byte": sums["lm_loss"] / self.train_data.bytes_per_token,
             "grad_norm": norm,
             "skipped_steps": self.skipped_steps,
@@ -155,20 +163,26 @@ class Trainer:
         record["max_routing_bias"] = self.replica.bias_LE.abs().max().item()
         return record, histograms
 
-    def _comm_times(self, gradient: float) -> Record:
-        """Seconds a step of communication by kind, and those for which it kept a rank waiting; means over all ranks.
+    def _times(self, gradient: float) -> Record:
+        """Seconds of the step: communication by kind, and who was waited for (`straggler_*`).
 
-        What is not exposed was hidden behind computing. Gradients are summed at the end, where nothing hides them.
-        `pipeline_wait` is the time in receives: travel, or work that a neighbour had not done yet - no rank can tell.
+        Of communication, `comm_time_*` is how long it took and `comm_exposed_*` how long it kept a rank waiting, means
+        over all ranks; what is not exposed was hidden behind computing. Gradients are summed at the end, where nothing
+        hides them. `pipeline_wait` is the time in receives: travel, or work that a neighbour had not done yet.
         """
         assert self.executor is not None
+        waits = self.replica.dispatcher.times.waits
+        own = own_times(self.executor.spans, waits, self._load_time, self._update_time)
         times = self.replica.dispatcher.times.take()
         times |= {"comm_time_gradient": gradient, "comm_exposed_gradient": gradient}
         times["pipeline_wait"] = self.executor.waited
-        sums = torch.tensor(list(times.values()), dtype=torch.float64)
-        if self.world.size > 1:
-            dist.all_reduce(sums)
-        return dict(zip(times, (sums / self.world.size).tolist(), strict=True))
+        rows = gathered([*times.values(), *own.values()], self.world.rank, self.world.size)
+        means = rows[:, : len(times)].mean(0).tolist()
+        return dict(zip(times, means, strict=True)) | straggler(rows[:, len(times) :])
+
+    def position(self) -> str:
+        """Where this rank stands in its program, for people: the slot at hand, marked in the grid."""
+        return self._running.position if self._running else "it is between two passes of its program"
 
     @torch.no_grad()
     def evaluate(self) -> Record:
@@ -185,7 +199,7 @@ class Trainer:
         self, data: TokenDataset, first_sample: int, size: int, share: float, training: bool
     ) -> tuple[Record, torch.Tensor]:
         """One pass of the schedule over `size` samples: losses of the whole batch, and tokens per expert by layer."""
-        config, mesh = self.config, self.mesh.config
+        started, config, mesh = time.perf_counter(), self.config, self.mesh.config
         length, model = config.data.sequence_length, config.model
         num_microbatches = self._num_microbatches(size)
         indexes = sample_indexes(first_sample, num_microbatches, config.train.microbatch_size, self.mesh.at.dp, mesh.dp)
@@ -205,8 +219,10 @@ class Trainer:
         }
         for stage in self.replica.stages.values():
             stage.begin(tokens_MBL, BatchScale(size * length, weights), training, documents)
-        executor = self._executor(num_microbatches, training)
+        executor = self._running = self._executor(num_microbatches, training)
+        self._load_time = time.perf_counter() - started
         executor.step()
+        self._running = None
         if training:
             self.executor = executor
         return self._gather(weights, size)
@@ -232,8 +248,8 @@ class Trainer:
         losses["balance_loss"] /= size * max(1, int((load_LE.sum(1) > 0).sum()))
         return {"loss": total, **losses}, load_LE
 
-    def save(self, root: Path) -> Path:
-        """Writes a checkpoint of this moment under `root`."""
+    def save(self, root: Path, wait: bool = True) -> Path:
+        """Writes a checkpoint of this moment under `root`, and returns where; before it is there, unless it waits."""
         meta = {
             "samples": self.samples,
             "tokens": self.tokens,
@@ -242,7 +258,8 @@ class Trainer:
             "model": asdict(self.config.model),
         }
         tensors = state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
-        return checkpoint.save(root, self.step, tensors, meta, self.config.checkpoint.keep)
+        self.saver.save(root, self.step, tensors, meta, self.config.checkpoint.keep, wait)
+        return root / f"step_{self.step}"
 
     def load(self, folder: Path) -> None:
         """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""
@@ -256,8 +273,14 @@ class Trainer:
         state.load(saved, self.replica, self.optimizer, self.ema, self.step - self.skipped_steps)
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank has received SIGTERM; collective, so that all stop after the same step."""
-        return any_rank(self._asked_to_stop)
+        """Whether any rank has received SIGTERM; collective, so that all stop after the same step.
+
+        Raises OSError, on all ranks, where a checkpoint could not be written.
+        """
+        what = largest(_FAILED if self.saver.has_failed else self._asked_to_stop)
+        if what == _FAILED:
+            self.saver.wait()
+        return bool(what)
 
     def _on_sigterm(self, *_: object) -> None:
         self._asked_to_stop = True

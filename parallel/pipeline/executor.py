@@ -127,6 +127,16 @@ class Executor:
         seconds, slots = self._clock.seconds, {marks.slot: marks for marks in self._marks if marks.arrivals}
         return sum(seconds(marks.arrivals[-1][1]) - seconds(marks.due) for marks in slots.values())
 
+    @property
+    def position(self) -> str:
+        """Which slot of its program this rank is at, marked in the grid."""
+        slot = self._num_computed
+        done = slot == len(self.schedule.programs[self.rank])
+        doing = (
+            "has computed all, and waits until it is sent" if done else "is at this slot, or waits for what it reads"
+        )
+        return str(ScheduleError(self.schedule.name, self.schedule.programs, self.rank, slot, doing))
+
     def _run(self, slot: Slot) -> None:
         if slot[0].op > Op.W:
             return

@@ -75,6 +75,15 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "step_10"
 
 
+def test_a_damaged_one_is_none_of_those_that_are_kept(tmp_path):
+    for step in (4, 10):
+        checkpoint.save(tmp_path, step, _tensors(0), {}, keep=2)
+    (tmp_path / "step_10" / "index.json").write_text("")
+    checkpoint.save(tmp_path, 6, _tensors(0), {}, keep=1)
+    with pytest.warns(UserWarning, match="step_10"):
+        assert checkpoint.newest(tmp_path) == tmp_path / "step_6"
+
+
 def test_folders_of_other_names_are_left_alone(tmp_path):
     for name in ("step_2_best", "step_x", "steps"):
         (tmp_path / name).mkdir()

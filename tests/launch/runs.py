@@ -18,7 +18,15 @@ from infra.prepare import PrepareConfig, prepare
 from launch.fit import fit, resume
 from launch.trainer import Trainer
 from parallel.config import ParallelConfig
+from parallel.straggler import PHASES
 from tests.parallel.layouts import tiny
+
+# What of a record depends on the clock, and so differs from run to run.
+TIMES = {
+    *("step_time", "tokens_per_second", "peak_memory_gb", "bubble", "pipeline_wait"),
+    *(f"comm_{part}_{kind}" for part in ("time", "exposed") for kind in ("dispatch", "combine", "gradient")),
+    *("straggler_rank", "straggler_wait", *(f"straggler_wait_{phase}" for phase in PHASES)),
+}
 
 
 def small_data(folder: Path) -> Path:

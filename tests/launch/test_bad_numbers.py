@@ -16,8 +16,7 @@ from infra.spike import SpikeConfig
 from launch import trainer as trainer_module
 from launch.trainer import Trainer
 from parallel.state import held
-from tests.launch.runs import config, in_folder, run_fit, small_data
-from tests.launch.test_trainer import TIMES
+from tests.launch.runs import TIMES, config, in_folder, run_fit, small_data
 from tests.parallel.layouts import tiny
 from tests.ranks import run_ranks
 
@@ -56,9 +55,10 @@ def _poisoned_step(rank, world_size, config, value):
     return records, same, [len(trainer.losses.state()["losses"]), trainer.skipped_in_a_row, trainer.samples]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(data, value):
-    settings = config(data, pp=2, ep=2, schedule="dualpipe", dispatcher="all_to_all", train={"ema_decay": 0.9})
+@pytest.mark.parametrize(("value", "zero_stage"), [(math.nan, 0), (math.inf, 1)])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(data, value, zero_stage):
+    layout = {"pp": 2, "ep": 2, "schedule": "dualpipe", "dispatcher": "all_to_all", "zero_stage": zero_stage}
+    settings = config(data, train={"ema_decay": 0.9}, **layout)
     for records, same, rest in run_ranks(4, _poisoned_step, settings, value):
         assert same == [False, False, True, False]  # weights, moments, averages and routing biases
         assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1]

@@ -13,7 +13,7 @@ import pytest
 from infra import distributed
 from infra.prepare import PrepareConfig, prepare
 from launch import generate, pretrain
-from tests.launch.runs import small_data
+from tests.launch.runs import TIMES, small_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -27,10 +27,6 @@ SMALL = [
     "train.microbatch_size=1",
     "train.eval_samples=4",
 ]
-TIMES = {
-    *("step_time", "tokens_per_second", "peak_memory_gb", "bubble", "pipeline_wait"),
-    *(f"comm_{what}_{kind}" for what in ("time", "exposed") for kind in ("dispatch", "combine", "gradient")),
-}
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,8 @@ from launch.trainer import Trainer, _check_batches
 from model.moe import updated_bias
 from model.transformer import Transformer, init_model_
 from parallel.config import ParallelConfig
-from tests.launch.runs import config, small_data, train
+from tests.launch.runs import TIMES, config, small_data, train
 from tests.ranks import run_ranks
-
-TIMES = {
-    *("step_time", "tokens_per_second", "peak_memory_gb", "bubble", "pipeline_wait"),
-    *(f"comm_{part}_{kind}" for part in ("time", "exposed") for kind in ("dispatch", "combine", "gradient")),
-}
 
 
 @pytest.fixture(scope="module")

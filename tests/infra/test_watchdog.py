@@ -1,0 +1,69 @@
+"""A watchdog bites when something takes much longer than it usually does, and only then."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from infra.watchdog import HangConfig, Watchdog, where_main_thread_is
+
+QUICK = HangConfig(factor=4.0, least=0.2, first=60.0)
+
+
+def test_what_takes_long_for_its_kind_is_a_hang():
+    said: list[str] = []
+    with Watchdog(QUICK, said.append) as watch:
+        for _ in range(5):
+            watch.doing("a step")
+            time.sleep(0.01)
+        watch.doing("an evaluation")  # the first of its kind may take long
+        time.sleep(0.5)
+        assert said == []
+        watch.doing("a step")
+        time.sleep(0.5)
+    assert len(said) == 1
+    assert "in a step, which usually takes 0.01" in said[0]
+
+
+def test_how_long_something_may_take_is_learnt():
+    with Watchdog(HangConfig(factor=4.0, least=0.01, first=60.0), lambda why: None) as watch:
+        assert watch.allowed("a step") == 60.0
+        for _ in range(3):
+            watch.doing("a step")
+            time.sleep(0.1)
+        watch.doing("a checkpoint")
+        assert 0.4 <= watch.allowed("a step") < 2
+        watch._usual["a step"].extend([1.0] * 32)  # what was longer ago than this is forgotten
+        assert watch.allowed("a step") == 4.0
+
+
+def test_zero_turns_it_off():
+    said: list[str] = []
+    with Watchdog(HangConfig(factor=0.0, least=0.05, first=0.05), said.append):
+        time.sleep(0.3)
+    assert said == []
+
+
+def test_a_process_that_was_stopped_as_a_whole_has_not_hung():
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        with Watchdog(HangConfig(factor=4.0, least=1.0, first=1.0), lambda why: os._exit(1)):
+            os.write(write, b"ready")
+            time.sleep(0.6)
+        os._exit(0)
+    os.read(read, 5)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_it_can_say_where_the_main_thread_is():
+    assert "test_watchdog.py" in where_main_thread_is()
+    assert "test_it_can_say" in where_main_thread_is()
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match=r"hang.factor=-1"):
+        HangConfig(factor=-1)
