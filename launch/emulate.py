@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,6 +51,7 @@ _UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 _BUCKET_BYTES = (80 * 1024, 128 * 1024)  # least and most that may leave at once; TCP hands down up to 64 KB
 _MTU = 9000  # jumbo frames, as clusters have them
 _WINDOW = "4096 131072 524288"  # TCP's receive window: more than any link holds, less than makes a queue of seconds
+_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec must take no lock
 _QUEUE_BYTES = 32 * 1024 * 1024  # a slow link queues, it does not drop: what was dropped would be counted twice
 
 
@@ -232,13 +234,16 @@ class Cluster:
             env.setdefault("OMP_NUM_THREADS", "1")
             env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would warn that these addresses have no names
             words = ["ip", "netns", "exec", self.namespace(f"node{node}"), sys.executable, *command]
-            ranks.append(subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=_die_with_parent))
+            die_with_me = partial(_die_with, os.getpid())
+            ranks.append(subprocess.Popen(words, env=env, start_new_session=True, preexec_fn=die_with_me))
         return ranks
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    _LIBC.prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it was asked after, and nobody will say so again
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def wait(ranks: list[subprocess.Popen], grace: float) -> int:

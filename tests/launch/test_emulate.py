@@ -62,7 +62,6 @@ def run(script: Path, *options: str, args: tuple[str, ...] = ()) -> tuple[int, s
 
 
 @needs_root
-@pytest.mark.slow  # one run in several hangs on a loaded machine, unexplained: see docs/log.md
 @pytest.mark.parametrize("way", ["across", "within"])
 def test_only_what_leaves_a_node_is_on_its_card(tmp_path, way):
     script, report, size = tmp_path / "talk.py", tmp_path / "report.json", 3_000_000
@@ -78,7 +77,6 @@ def test_only_what_leaves_a_node_is_on_its_card(tmp_path, way):
 
 
 @needs_root
-@pytest.mark.slow  # one run in several hangs on a loaded machine, unexplained: see docs/log.md
 def test_a_rank_learns_its_place_and_a_failure_is_passed_on(tmp_path):
     script = tmp_path / "place.py"
     script.write_text(
@@ -95,7 +93,6 @@ def test_a_rank_learns_its_place_and_a_failure_is_passed_on(tmp_path):
 
 
 @needs_root
-@pytest.mark.slow  # one run in several hangs on a loaded machine, unexplained: see docs/log.md
 def test_ranks_that_outlive_a_failure_are_ended_after_the_grace(tmp_path):
     script = tmp_path / "hang.py"
     script.write_text("import os, sys, time\nsys.exit(5) if os.environ['RANK'] == '1' else time.sleep(600)\n")
@@ -122,7 +119,6 @@ def _wait_until(condition, seconds: float = 20.0) -> None:
 
 
 @needs_root
-@pytest.mark.slow  # one run in several hangs on a loaded machine, unexplained: see docs/log.md
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_stays_behind_when_it_is_killed(tmp_path, signal_number):
     script = tmp_path / "sleep.py"
@@ -139,6 +135,15 @@ def test_nothing_stays_behind_when_it_is_killed(tmp_path, signal_number):
     _wait_until(lambda: not _alive(script))
 
 
+def test_a_rank_whose_parent_is_gone_before_it_starts_does_not_start():
+    parent = os.getpid()
+    orphan = "import os, sys; from launch.emulate import _die_with; _die_with(int(sys.argv[1])); print('started')"
+    for pid, alive in ((parent, True), (parent + 1, False)):
+        done = subprocess.run([sys.executable, "-c", orphan, str(pid)], cwd=ROOT, capture_output=True, text=True)
+        assert (done.stdout == "started\n") is alive, done.stderr
+        assert done.returncode == (0 if alive else -signal.SIGKILL)
+
+
 def test_a_signal_ends_the_run_from_where_it_waits(monkeypatch):
     monkeypatch.setattr(emulate, "_asked_to_stop", [signal.SIGTERM])
     with subprocess.Popen(["sleep", "60"]) as rank:
@@ -149,7 +154,6 @@ def test_a_signal_ends_the_run_from_where_it_waits(monkeypatch):
 
 
 @needs_root
-@pytest.mark.slow  # one run in several hangs on a loaded machine, unexplained: see docs/log.md
 def test_namespaces_of_a_living_run_are_no_leftovers():
     with emulate.Cluster(EmulateConfig(nodes=1)) as cluster:
         emulate.remove_leftovers()

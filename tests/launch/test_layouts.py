@@ -2,6 +2,7 @@
 
 import pytest
 
+from parallel.pipeline.schedules import SCHEDULES
 from tests.launch.runs import config, small_data, train
 from tests.parallel.layouts import tiny
 from tests.ranks import run_ranks
@@ -16,6 +17,14 @@ def data(tmp_path_factory):
 def reference(data):
     """20 steps on one rank, microbatches of one."""
     return {precision: run_ranks(1, train, config(data, precision=precision), 20)[0] for precision in ("fp64", "fp32")}
+
+
+DEEP = tiny(num_hidden_layers=8, vocab_size=320, initializer_range=0.1)  # a layer for each stage of every schedule
+
+
+@pytest.fixture(scope="module")
+def deep_reference(data):
+    return run_ranks(1, train, config(data, model=DEEP), 20)[0]
 
 
 def assert_same_curve(records, expected, tolerance):
@@ -57,6 +66,14 @@ def test_microbatch_size(data, reference):
 def test_pipelines_and_experts(data, reference, world, parallel):
     for rank in run_ranks(world, train, config(data, **parallel), 20):
         assert_same_curve(rank, reference["fp64"], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "auto"])
+def test_every_schedule(data, deep_reference, schedule, pp):
+    for rank in run_ranks(pp, train, config(data, model=DEEP, pp=pp, schedule=schedule), 20):
+        assert_same_curve(rank, deep_reference, 1e-9)
 
 
 def test_an_uneven_split(data):

@@ -93,7 +93,7 @@ def test_a_v2_router_without_compressed_queries_or_a_shared_expert(recompute):
     check_layout(config, parallel, 4, 4)
 
 
-EVERY = [(name, pp) for name in SCHEDULES for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
+EVERY = [(name, pp) for name in [*SCHEDULES, "auto"] for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ EVERY = [(name, pp) for name in SCHEDULES for pp in (1, 2, 4, 8) if (name, pp) !
 def test_every_schedule_with_uneven_stages_and_no_expert_on_the_first_rank(schedule, pp):
     """More layers than stages by three, an uneven number of microbatches, MTP, and a first stage of dense layers."""
     num_microbatches = 2 * pp + 1
-    num_stages = SCHEDULES[schedule](pp, num_microbatches).num_stages
+    num_stages = ParallelConfig(pp=pp, schedule=schedule).make_schedule(num_microbatches).num_stages
     num_layers = num_stages + 3
     config = tiny(num_hidden_layers=num_layers, first_k_dense_replace=2)
     layers_per_stage = [2] * min(num_stages, 2) + [1] * (num_stages - 2)
