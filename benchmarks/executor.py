@@ -1,11 +1,12 @@
 """What the executor costs: a step of every schedule over the time that its work alone would take, beside torch's.
 
-    python benchmarks/executor_sleeping.py [--pp 4 8] [--microbatches 8 16 32] [--costs 20/20/20 ...] [--turns 3]
+    python benchmarks/executor.py [--pp 4 8] [--microbatches 8 16 32] [--costs 20/20/20 ...] [--turns 3]
 
 Stages sleep through their F, I and W, so that a machine with few cores can play many ranks; real tensors travel through
 gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there. An
 operation is one sleep; what it costs beyond the ideal is `over`, and what sleeping itself overshoots, measured in the
 same sleeps, is `of that sleep`. Ours and those of torch.distributed.pipelining run in turn, in the same processes.
+With real computing: executor_computing.py.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[16])
     parser.add_argument("--costs", nargs="+", default=["20/20/20", "20/21/13", "15/15/30"], help="F/I/W in ms")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("executor_sleeping.json"))
+    parser.add_argument("--out", type=Path, default=Path("executor.json"))
     args = parser.parse_args()
     console = Console(width=130)
     rows: list[dict[str, Any]] = []

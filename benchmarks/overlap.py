@@ -1,13 +1,13 @@
 """What overlap hides and gains on an emulated cluster, when computing is sleeping.
 
-    sudo .venv/bin/python benchmarks/overlap_sleeping.py [--ranks 4 8] [--shares 0.3 0.6 1.0] [--rounds 2] [--out FILE]
+    sudo .venv/bin/python benchmarks/overlap.py [--ranks 4 8] [--shares 0.3 0.6 1.0] [--rounds 2] [--out FILE]
 
 Ranks that shared a core would fill each other's waits. So attention and experts sleep for given times, F = I = W, while
 real rows travel over the links of pp x ep 2 ranks, and few cores can play many. Every rank is a node with a network
 card of its own, as H800 nodes have one a GPU; links are set so that the all-to-alls of a step take 30, 60 and 100 % of
 its compute time. A pipeline runs 8 microbatches a rank, about as V3 did (120 on 16). DualPipe and 1F1B, with and
 without overlap, in turn in the same processes, beside the simulator's prediction, which knows the sleeps, the bytes and
-the rate of the links and nothing else.
+the rate of the links and nothing else. With real computing: overlap_computing.py.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, choices=(4, 8), default=[4, 8])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.6, 1.0], help="of communication")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("overlap_sleeping.json"))
+    parser.add_argument("--out", type=Path, default=Path("overlap.json"))
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how this script starts itself: rounds
     options = parser.parse_args()
     torch.set_num_threads(1)
