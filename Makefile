@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-te pretrain test test-slow check format bench validation
+.PHONY: help install install-te pretrain test test-slow test-nightly check format bench validation
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: $(READY) ## all tests but the slow ones
 
 test-slow: $(READY) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --slow $(ARGS)
+
+test-nightly: $(READY) ## all tests, and a run of 300 steps whose ranks are killed 20 times
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --slow --nightly $(ARGS)
 
 check: $(READY) ## lint, format, types, imports
 	$(BIN)/ruff check .

@@ -2,9 +2,8 @@
 
 A thread on every rank runs the very `checkpoint.save` that a waiting run would, on the copy, in a process group of its
 own: so a checkpoint is whole or absent as before, fails on all ranks or none, and older ones go once it is whole. One
-save is under way at a time. The copies stay allocated: pages that are there already are copied into eight times as
-fast, at the price of holding a rank's share of the state twice in host memory (`checkpoint.asynchronous=false` does
-not).
+save is under way at a time. The copies stay allocated, as pages that are there already are copied into eight times as
+fast: the price is a rank's share of the state once more in host memory (`checkpoint.asynchronous=false` does without).
 """
 
 from __future__ import annotations
@@ -56,6 +55,10 @@ class Saver:
         self._under_way = under_way
         threading.Thread(target=write, name="checkpoint", daemon=True).start()  # it keeps no rank from giving up
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes room for copies before the first save, which would stand still several times as long without."""
+        self._copies = {key: _room_for(tensor).zero_() for key, tensor in tensors.items()}
+
     @property
     def has_failed(self) -> bool:
         """Whether the save under way has come to an error, which `wait` raises; on other ranks it may be about to."""
@@ -72,9 +75,13 @@ class Saver:
         for key, tensor in tensors.items():
             copy = self._copies.get(key)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                copy = _room_for(tensor)
             copies[key] = copy.copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
         self._copies = copies
         return copies
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

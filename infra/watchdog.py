@@ -25,7 +25,8 @@ _REMEMBERED = 32  # durations of each kind
 class HangConfig:
     """A run hangs when something takes `factor` times as long as it usually does, and at least `least` seconds.
 
-    first: seconds for a kind of thing that has not been done before. factor=0: a run never hangs.
+    first: the least for a kind of thing that has not been done before, or that waits for disks. factor=0: a run never
+    hangs.
     """
 
     factor: float = 10.0
@@ -47,33 +48,45 @@ class Watchdog:
     def __init__(self, config: HangConfig, on_hang: Callable[[str], None]):
         self._config, self._on_hang = config, on_hang
         self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
-        self._what, self._since, self._lived = "the start", time.monotonic(), 0.0
+        # What, since when, whether it waits for disks; replaced as a whole, as another thread reads it.
+        self._doing = ("the start", time.monotonic(), False)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def doing(self, what: str) -> None:
-        """Says what goes on from now on, and so that what went on before has come to its end."""
-        now = time.monotonic()
-        self._usual[self._what].append(now - self._since)
-        self._what, self._since, self._lived = what, now, 0.0
+    def doing(self, what: str, on_disk: bool = False) -> None:
+        """Says what goes on from now on, and so that what went on before has come to its end.
 
-    def allowed(self, what: str) -> float:
+        on_disk: it may wait for a disk, which can be slow today though it never was.
+        """
+        before, since, _ = self._doing
+        now = time.monotonic()
+        self._usual[before].append(now - since)
+        self._doing = (what, now, on_disk)
+
+    def usual(self, what: str) -> float | None:
+        """Seconds that this has usually taken so far; None if it has not been done."""
+        known = tuple(self._usual.get(what, ()))
+        return median(known) if known else None
+
+    def allowed(self, what: str, on_disk: bool = False) -> float:
         """Seconds that this may take."""
-        known = self._usual.get(what)
-        return max(self._config.least, self._config.factor * median(known)) if known else self._config.first
+        usual, config = self.usual(what), self._config
+        if usual is None:
+            return config.first
+        return max(config.first if on_disk else config.least, config.factor * usual)
 
     def _watch(self) -> None:
         tick = min(1.0, max(self._config.least / 10, 0.01))
-        before = time.monotonic()
+        doing, lived, before = self._doing, 0.0, time.monotonic()
         while not self._stop.wait(tick):
-            now = time.monotonic()
-            self._lived += min(now - before, 2 * tick)
-            before = now
-            what = self._what
-            if self._lived > self.allowed(what):
-                known = self._usual.get(what)
-                usually = f", which usually takes {median(known):.3g} s" if known else ""
-                self._on_hang(f"no progress for {self._lived:.0f} s in {what}{usually}")
+            now, current = time.monotonic(), self._doing
+            lived = lived + min(now - before, 2 * tick) if current is doing else 0.0
+            before, doing = now, current
+            what, _, on_disk = doing
+            if lived > self.allowed(what, on_disk):
+                usual = self.usual(what)
+                usually = "" if usual is None else f", which usually takes {usual:.3g} s"
+                self._on_hang(f"no progress for {lived:.0f} s in {what}{usually}")
                 return
 
     def __enter__(self) -> Watchdog:

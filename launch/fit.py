@@ -82,6 +82,8 @@ def fit(trainer: Trainer) -> None:
         if world.is_main:
             print(f"{folder} is at step {trainer.step} already: nothing to do for train.steps={config.train.steps}")
         return
+    if due and config.checkpoint.asynchronous:
+        trainer.reserve_copies()
     last_saved = trainer.step
     waits = Waits()
     with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics, watchdog(trainer) as watch:
@@ -92,7 +94,7 @@ def fit(trainer: Trainer) -> None:
             if trainer.skipped_in_a_row:
                 _note_skipped_step(trainer, record, metrics)
             if trainer.losses.has_spiked:
-                watch.doing("a rollback")
+                watch.doing("a rollback", on_disk=True)
                 if roll_back(trainer, record["lm_loss"]):
                     last_saved = trainer.step
                     if metrics:
@@ -109,10 +111,10 @@ def fit(trainer: Trainer) -> None:
                     incidents.note(folder, "slow_rank", trainer.step, why, rank=record["straggler_rank"])
                     metrics.say(why)
             if due and trainer.step % due == 0 and not is_last:
-                watch.doing("a checkpoint")
+                watch.doing("a checkpoint", on_disk=True)
                 trainer.save(checkpoints, wait=not config.checkpoint.asynchronous)
                 last_saved = trainer.step
-        watch.doing("the end")
+        watch.doing("the end", on_disk=True)
         if trainer.step > last_saved:
             trainer.save(checkpoints)
         trainer.saver.wait()

@@ -28,6 +28,7 @@ def roll_back(trainer: Trainer, loss: float) -> bool:
     """
     folder, losses = Path(trainer.config.run.dir), trainer.losses
     start, end = losses.suspect
+    all_left_out = [*losses.left_out, (start, end)]
     target = -1
     trainer.saver.wait()
     if trainer.world.is_main:
@@ -40,16 +41,15 @@ def roll_back(trainer: Trainer, loss: float) -> bool:
             for newer in checkpoint.folders(folder / "checkpoints"):
                 if checkpoint.step_of(newer) > target:
                     shutil.rmtree(newer)
-            save(folder / FILE, json.dumps([*losses.left_out, (start, end)]))
+            save(folder / FILE, json.dumps(all_left_out))
             why = f"{what}: back to step {target}, and on without samples {start} to {end - 1}"
             incidents.note(folder, "rollback", trainer.step, why, loss=loss, to=target, left_out=[start, end])
     target = int(largest(target))
     if target < 0:
         losses.forget()
         return False
-    left_out = [*losses.left_out, (start, end)]
     trainer.load(folder / "checkpoints" / f"step_{target}")
-    losses.left_out = left_out
+    losses.left_out = all_left_out
     return True
 
 
@@ -64,9 +64,9 @@ def left_out(folder: Path) -> list[Window]:
         raise ValueError(f"{file} is damaged: it should be a list of pairs, such as [[320, 384]]") from None
 
 
-def _step_before(checkpoints: Path, start: int, left_out: list[Window]) -> int:
+def _step_before(checkpoints: Path, start: int, earlier: list[Window]) -> int:
     """The step of the newest whole checkpoint that has not seen global sample `start`, or -1."""
     for saved in checkpoint.whole(checkpoints):
-        if pass_over(np.array(saved.meta["samples"]), left_out) <= start:
+        if pass_over(np.array(saved.meta["samples"]), earlier) <= start:
             return saved.meta["step"]
     return -1

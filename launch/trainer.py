@@ -257,9 +257,15 @@ class Trainer:
             "losses": self.losses.state(),
             "model": asdict(self.config.model),
         }
-        tensors = state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
-        self.saver.save(root, self.step, tensors, meta, self.config.checkpoint.keep, wait)
+        self.saver.save(root, self.step, self._saved(), meta, self.config.checkpoint.keep, wait)
         return root / f"step_{self.step}"
+
+    def reserve_copies(self) -> None:
+        """Makes room for a copy of this rank's part of a checkpoint, for saves that training does not wait for."""
+        self.saver.reserve(self._saved())
+
+    def _saved(self) -> dict[str, torch.Tensor]:
+        return state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
 
     def load(self, folder: Path) -> None:
         """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""

@@ -57,6 +57,16 @@ def test_a_save_waits_for_the_one_before(tmp_path, release):
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_2"]  # and what it replaces is gone
 
 
+def test_reserved_room_is_what_is_copied_into(tmp_path):
+    saver, state = Saver(), {"a": torch.ones(3), "b": torch.arange(4)}
+    saver.reserve(state)
+    room = {key: copy.data_ptr() for key, copy in saver._copies.items()}
+    saver.save(tmp_path, 1, state, {}, 1, wait=False)
+    saver.wait()
+    assert {key: copy.data_ptr() for key, copy in saver._copies.items()} == room
+    assert torch.equal(Checkpoint(tmp_path / "step_1").read(["b"])["b"], state["b"])
+
+
 def test_copies_follow_a_state_that_changes_shape(tmp_path):
     saver = Saver()
     for step, state in ((1, {"a": torch.ones(3)}), (2, {"a": torch.zeros(5), "b": torch.ones(1)})):

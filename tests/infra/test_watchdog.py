@@ -8,7 +8,7 @@ import pytest
 
 from infra.watchdog import HangConfig, Watchdog, where_main_thread_is
 
-QUICK = HangConfig(factor=4.0, least=0.2, first=60.0)
+QUICK = HangConfig(factor=4.0, least=0.5, first=60.0)
 
 
 def test_what_takes_long_for_its_kind_is_a_hang():
@@ -18,12 +18,12 @@ def test_what_takes_long_for_its_kind_is_a_hang():
             watch.doing("a step")
             time.sleep(0.01)
         watch.doing("an evaluation")  # the first of its kind may take long
-        time.sleep(0.5)
+        time.sleep(0.8)
         assert said == []
         watch.doing("a step")
-        time.sleep(0.5)
+        time.sleep(1.2)
     assert len(said) == 1
-    assert "in a step, which usually takes 0.01" in said[0]
+    assert "in a step, which usually takes 0." in said[0]
 
 
 def test_how_long_something_may_take_is_learnt():
@@ -33,9 +33,10 @@ def test_how_long_something_may_take_is_learnt():
             watch.doing("a step")
             time.sleep(0.1)
         watch.doing("a checkpoint")
-        assert 0.4 <= watch.allowed("a step") < 2
+        assert watch.allowed("a step") >= 0.4
         watch._usual["a step"].extend([1.0] * 32)  # what was longer ago than this is forgotten
         assert watch.allowed("a step") == 4.0
+        assert watch.allowed("a step", on_disk=True) == 60.0
 
 
 def test_zero_turns_it_off():

@@ -75,6 +75,12 @@ def kinds(folder: Path) -> list[str]:
     return [incident["kind"] for incident in incidents.read(folder)]
 
 
+def small(data, steps: int):
+    model = tiny(num_hidden_layers=2, num_nextn_predict_layers=0, vocab_size=320, initializer_range=0.1)
+    train = {"steps": steps, "global_batch_size": 4, "eval_samples": 0}
+    return config(data, model=model, precision="fp32", train=train)
+
+
 def _poison_step_3(trainer):
     if trainer.world.rank == 0:
         poison(trainer, 3, math.nan)
@@ -101,7 +107,7 @@ def die_at(trainer: Trainer, step: int) -> None:
 
 
 def test_a_run_with_a_skipped_step_resumes_bit_for_bit(data, tmp_path):
-    settings = config(data, steps=8, precision="fp32")
+    settings = small(data, steps=8)
     run_ranks(2, run_fit, in_folder(settings, tmp_path / "unbroken"), _poison_step_3)
     broken = in_folder(settings, tmp_path / "broken", every=5)
     with pytest.raises(AssertionError, match="Died"):
@@ -166,10 +172,7 @@ def _without(trainer: Trainer) -> None:
 
 
 def spiky(data, **changes):
-    model = tiny(num_hidden_layers=2, num_nextn_predict_layers=0, vocab_size=320, initializer_range=0.1)
-    train = {"global_batch_size": 4, "eval_samples": 0}
-    settings = config(data, model=model, steps=24, precision="fp32", train=train)
-    return replace(settings, spike=SpikeConfig(**({"threshold": 3.0, "window": 12, "skip": 2} | changes)))
+    return replace(small(data, steps=24), spike=SpikeConfig(**({"threshold": 3.0, "window": 12, "skip": 2} | changes)))
 
 
 def test_a_spike_is_rolled_back_and_its_data_left_out(data, tmp_path):

@@ -61,6 +61,12 @@ def test_a_run_that_is_going_on(tmp_path):
         assert words in shown
 
 
+def test_the_command_prints_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["status.py", str(a_run(tmp_path / "run", steps=100, done=60))])
+    status.main()
+    assert "step 60/100" in capsys.readouterr().out
+
+
 def test_a_run_that_is_over_and_one_that_is_dead(tmp_path):
     assert status.figures(a_run(tmp_path / "over", 10, 10, age=1e6), NOW)["state"] == "finished"
     assert "silent for 0:16:40" in status.figures(a_run(tmp_path / "dead", 10, 9, age=1000), NOW)["state"]

@@ -1,6 +1,7 @@
 """The rank that the others wait for, from spans and from runs in which one rank sleeps."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.timeline import Span
 from parallel.straggler import PHASES, own_times, straggler
 from tests.launch.runs import config, small_data
+from tests.parallel.layouts import tiny
 from tests.ranks import run_ranks
 
 
@@ -38,7 +40,7 @@ def test_the_straggler_has_most_of_its_own_to_do():
     assert straggler(own_RP[:1])["straggler_wait"] == 0
 
 
-SLEPT = 0.4  # seconds of a step, by one rank
+SLEPT = 0.8  # seconds of a step, by one rank: much more than any computes
 
 
 def _sleep_in_forward(rank, world_size, config, sleeper, seconds):
@@ -46,7 +48,7 @@ def _sleep_in_forward(rank, world_size, config, sleeper, seconds):
     if rank == sleeper:
         for stage in trainer.replica.stages.values():
             stage.forward = _slowed(stage.forward, seconds)
-    return [trainer.train_step()[0] for _ in range(4)][1:]
+    return [trainer.train_step()[0] for _ in range(3)][1:]
 
 
 def _slowed(forward, seconds):
@@ -60,20 +62,22 @@ def _slowed(forward, seconds):
 @pytest.mark.parametrize(
     ("parallel", "forwards", "sleeper"),
     [
-        ({"pp": 4, "schedule": "1f1b"}, 8, 1),
-        ({"ep": 2, "dispatcher": "two_hop", "ranks_per_node": 2}, 2, 3),
+        pytest.param({"pp": 4, "schedule": "1f1b"}, 8, 1, marks=pytest.mark.slow),
+        pytest.param({"ep": 2, "dispatcher": "two_hop", "ranks_per_node": 2}, 2, 3, marks=pytest.mark.slow),
         ({"pp": 2, "ep": 2, "schedule": "dualpipe", "dispatcher": "all_to_all"}, 8, 2),
     ],
 )
 def test_a_rank_that_sleeps_in_its_forward_is_named(tmp_path, parallel, forwards, sleeper):
     """In whichever group it stands: pipeline, experts or data parallel. The pairs of DualPipe hold forwards too.
 
-    Of three steps in two: on a crowded machine any rank may be the slowest once.
+    In one step of two: on a crowded machine any rank may be the slowest once.
     """
-    settings = config(small_data(tmp_path), **parallel)
+    model = tiny(num_nextn_predict_layers=0, vocab_size=320)
+    settings = config(small_data(tmp_path), model=model, **parallel)
+    settings = replace(settings, data=replace(settings.data, sequence_length=8))
     for records in run_ranks(4, _sleep_in_forward, settings, sleeper, SLEPT / forwards):
         named = [record for record in records if record["straggler_rank"] == sleeper]
-        assert len(named) >= 2
+        assert named
         for record in named:
             assert record["straggler_wait"] > 0.5 * SLEPT
             assert record["straggler_wait_forward"] + record["straggler_wait_pair"] > 0.5 * SLEPT
