@@ -24,9 +24,11 @@ def qkv(B, N, L, H, V):
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 19, 300])
-def test_blocks_are_the_plain_form(length, monkeypatch):
+@pytest.mark.parametrize("keep", [0, 512], ids=["made again", "kept"])
+def test_blocks_are_the_plain_form(length, keep, monkeypatch):
+    monkeypatch.setattr(attention_core, "KEEP", keep)
     if length < 300:
-        monkeypatch.setattr(attention_core, "ROWS", 8)
+        monkeypatch.setattr(attention_core, "ROW_BYTES", 8 * 8)
     ours, theirs = qkv(2, 3, length, 6, 4), qkv(2, 3, length, 6, 4)
     weights = torch.randn(2, 3, length, 4, dtype=torch.float64)
     a, b = attention(*ours, 0.7), plain_attention(*theirs, 0.7)
