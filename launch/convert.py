@@ -5,11 +5,13 @@
 
 The source says which way: a folder with config.json is Hugging Face's (safetensors, FP8 blocks or BF16), one with
 index.json is ours, and of a run folder the newest checkpoint is taken. Training then starts from `step_0` of the
-target, its moments zero. `dtype` is that of the exported weights.
+target, its moments zero; an older `step_0` is replaced only with `overwrite=true`. A tokenizer.json beside the source
+goes with it into the run folder. `dtype` is that of the exported weights.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,12 +37,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass
 class ConvertConfig:
-    """Folders, which weights are exported (`master`, or `ema`, their moving average), and their dtype."""
+    """Folders; what is exported: `weights`, `master` or `ema` (their moving average), and their dtype; whether an
+    import may replace another."""
 
     source: str = MISSING
     target: str = MISSING
     weights: str = "master"
     dtype: str = "bfloat16"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         check_choice("weights", self.weights, state.WEIGHTS)
@@ -54,12 +58,17 @@ def names_and_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
 
 
-def from_hugging_face(source: Path, root: Path) -> Path:
+def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path:
     """Writes `root/step_0`: master weights and routing biases from `source`; moments are zero before the first step.
 
+    The source's tokenizer.json, where it has one, is copied to the run folder around `root`.
+
     Raises:
-        ValueError: where the source is damaged or holds another model than its config.json says.
+        ValueError: where the source is damaged or holds another model than its config.json says, or where
+            `root/step_0` exists and `overwrite` does not allow to replace it.
     """
+    if (root / "step_0").exists() and not overwrite:
+        raise ValueError(f"{root / 'step_0'} exists: choose another target, or replace it with overwrite=true")
     published = HuggingFaceCheckpoint(source)
     tensors: dict[str, Tensor] = {}
     for name, shape in track(names_and_shapes(published.config).items(), description="reading"):
@@ -73,7 +82,12 @@ def from_hugging_face(source: Path, root: Path) -> Path:
         for key, part in _taken_apart(name, tensor):
             tensors[f"master/{key}"] = part
     meta = {"samples": 0, "tokens": 0, "model": asdict(published.config)}
-    return checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
+    step = checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
+    if (source / "tokenizer.json").exists():
+        beside = root.parent / ".tokenizer.json.writing"
+        shutil.copyfile(source / "tokenizer.json", beside)
+        beside.rename(root.parent / "tokenizer.json")
+    return step
 
 
 def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str = "master") -> None:
@@ -111,7 +125,7 @@ def main(composed: DictConfig) -> None:
     config = cast(ConvertConfig, OmegaConf.to_object(composed))
     source, target = Path(config.source), Path(config.target)
     if (source / "config.json").exists():
-        print(f"wrote {from_hugging_face(source, target)}")
+        print(f"wrote {from_hugging_face(source, target, config.overwrite)}")
         return
     ours = source if (source / "index.json").exists() else checkpoint.newest(source / "checkpoints")
     if ours is None:

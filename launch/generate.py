@@ -92,7 +92,10 @@ def main(composed: DictConfig) -> None:
         torch.Generator().manual_seed(config.seed),
         stop_token=tokenizer.special["eos"],
     )
-    text = tokenizer.decode(tokens_BL[0, len(prompt_L) :].tolist())
+    new = tokens_BL[0, len(prompt_L) :].tolist()
+    if new[-1] == tokenizer.special["eos"]:  # the document ends here; its end is no text
+        new.pop()
+    text = tokenizer.decode(new)
     Console(highlight=False, soft_wrap=True).print(Text.assemble((config.prompt, "bold"), text))
 
 

@@ -73,7 +73,7 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         B, N = dout.shape[:2]
         dout = dout.flatten(0, 1)
-        dq, dk, dv = torch.empty_like(q), None, None
+        dq, dk, dv = torch.empty_like(q), k[:, :0], v[:, :0]
         for rows, keys in reversed(list(_blocks(q))):  # the last block sees all keys: the others add to its gradients
             probs = kept.pop() if kept else _probs(q, k, rows, keys)
             dprobs = torch.bmm(dout[:, rows], v[:, keys].transpose(1, 2))
@@ -84,9 +84,9 @@ class _BlockAttention(torch.autograd.Function):
         return *(grad.unflatten(0, (B, N)) for grad in (dq.mul_(ctx.scale), dk, dv)), None
 
 
-def _added(total_GLH: Tensor | None, part_GSH: Tensor) -> Tensor:
-    """The sum of gradients of the first S keys and of all L; the first part is of all and starts the sum."""
-    if total_GLH is None:
+def _added(total_GLH: Tensor, part_GSH: Tensor) -> Tensor:
+    """The sum of gradients of the first S keys and of all L; the first part is of all and starts the empty sum."""
+    if total_GLH.shape[1] == 0:
         return part_GSH
     total_GLH[:, : part_GSH.shape[1]] += part_GSH
     return total_GLH

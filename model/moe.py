@@ -108,26 +108,33 @@ class Router(nn.Module):
         weights_TK = weights_TK * config.routed_scaling_factor
         balance_loss = scores_BLE.new_zeros(())
         if config.aux_loss_alpha and config.seq_aux:
-            balance_loss = sequence_balance_loss(scores_BLE, config.num_experts_per_tok)
+            # V3 counts the best experts by raw score (equation 18), V2 those a token goes to
+            counted_TK = topk_idx_TK
+            if config.topk_method == "noaux_tc":
+                counted_TK = scores_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+            balance_loss = sequence_balance_loss(scores_BLE, counted_TK.unflatten(0, scores_BLE.shape[:2]))
         ones = torch.ones_like(topk_idx_TK).flatten()
         load_E = ones.new_zeros(config.n_routed_experts).scatter_add_(0, topk_idx_TK.flatten(), ones)
         return Routing(topk_idx_TK, weights_TK, balance_loss, load_E)
 
 
-def sequence_balance_loss(scores_BLE: Tensor, top_k: int) -> Tensor:
+def sequence_balance_loss(scores_BLE: Tensor, counted_BLK: Tensor) -> Tensor:
     """Sum over the B sequences of sum_i f_i P_i (V3 report, equations 17 to 20, without alpha).
 
-    f_i counts how often expert i is among the top k of the raw scores - no bias, no groups - and P_i is its mean
-    share of the scores, both over one sequence. Balanced, a sequence's value is 1. A sum, so that it adds up over
-    microbatches.
+    f_i is how often expert i is among a token's `counted_BLK` and P_i its mean share of the scores, both over one
+    sequence. Balanced, a sequence's value is 1. A sum, so that it adds up over microbatches.
+
+    Args:
+        counted_BLK: int64; in V3 the K best experts by raw score - no bias, no groups -, in V2 (paper, equations 23 to
+            25, and the published code) those that the token goes to.
     """
     B, L, E = scores_BLE.shape
     if L == 0:
         return scores_BLE.sum()  # nothing to balance, and no mean to take
     with torch.no_grad():
-        chosen = scores_BLE.topk(top_k, dim=-1, sorted=False).indices.flatten(1)
-        f_BE = scores_BLE.new_zeros(B, E).scatter_add_(1, chosen, scores_BLE.new_ones(()).expand_as(chosen))
-        f_BE *= E / (top_k * L)
+        counted = counted_BLK.flatten(1)
+        f_BE = scores_BLE.new_zeros(B, E).scatter_add_(1, counted, scores_BLE.new_ones(()).expand_as(counted))
+        f_BE *= E / counted.shape[1]
     P_BE = (scores_BLE / scores_BLE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * P_BE).sum()
 

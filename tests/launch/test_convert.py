@@ -65,6 +65,22 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path, monkeypatch, ca
     assert HuggingFaceCheckpoint(tmp_path / "exported").config.hidden_size == model.config.hidden_size
 
 
+def test_an_older_import_is_replaced_only_when_asked(tmp_path):
+    model = small_model()
+    source, root = tmp_path / "published", tmp_path / "run" / "checkpoints"
+    write_hugging_face(source, model.config, model.state_dict().items(), torch.float64)
+    step = from_hugging_face(source, root)
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    before = (step / "index.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="step_0 exists: choose another target, or replace it with overwrite=true"):
+        from_hugging_face(source, root)
+    assert (step / "index.json").stat().st_mtime_ns == before
+    (source / "tokenizer.json").write_text("{}")
+    from_hugging_face(source, root, overwrite=True)
+    assert (step / "index.json").stat().st_mtime_ns > before
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
 def test_another_shape_is_named(tmp_path):
     model = small_model()
     state = model.state_dict()

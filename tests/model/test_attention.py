@@ -23,7 +23,7 @@ def qkv(B, N, L, H, V):
     return [torch.randn(B, L, N, d, dtype=torch.float64).transpose(1, 2).requires_grad_() for d in (H, H, V)]
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 19, 300])
+@pytest.mark.parametrize("length", [0, 1, 5, 8, 19, 300])
 @pytest.mark.parametrize("keep", [0, 512], ids=["made again", "kept"])
 def test_blocks_are_the_plain_form(length, keep, monkeypatch):
     monkeypatch.setattr(attention_core, "KEEP", keep)

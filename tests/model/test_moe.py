@@ -107,13 +107,37 @@ def test_balance_loss_is_equations_17_to_20():
             f = E / (K * T) * sum(1 for t in range(T) if i in sequence[t].topk(K).indices.tolist())
             P = sum(sequence[t, i] / sequence[t].sum() for t in range(T)) / T
             expected = expected + f * P
-    loss = sequence_balance_loss(scores, K)
+    loss = sequence_balance_loss(scores, scores.topk(K).indices)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     mine, theirs = (torch.autograd.grad(value, scores)[0] for value in (loss, expected))
     assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
     assert mine.norm() > 0
     even = torch.ones(1, 8, 4) + torch.eye(4).repeat(2, 1)
-    assert sequence_balance_loss(even, 1).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(even, even.topk(1).indices).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_v3_counts_raw_scores_and_v2_where_tokens_go(is_v2):
+    """V2 as `MoEGate` of the published code: ce counts `topk_idx`, times the mean scores, summed over experts."""
+    v2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "norm_topk_prob": False}
+    config = small_config(aux_loss_alpha=0.001, num_experts_per_tok=2, topk_group=1, **(v2 if is_v2 else {}))
+    router = Router(config).double()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(router.weight)
+    if not is_v2:
+        torch.nn.init.normal_(router.e_score_correction_bias)
+    x = torch.randn(2, 6, config.hidden_size, dtype=torch.float64)
+    routing, scores, K = router(x), router.scores(x), config.num_experts_per_tok
+    by_score = scores.topk(K).indices
+    sent = routing.topk_idx_TK.view(by_score.shape)
+    assert not torch.equal(by_score.sort().values, sent.sort().values)  # else the test would tell nothing
+    counted = sent if is_v2 else by_score
+    expected = 0.0
+    for b in range(2):
+        ce = torch.bincount(counted[b].flatten(), minlength=config.n_routed_experts).double()
+        share = scores[b] / scores[b].sum(-1, keepdim=True)
+        expected += (ce / (6 * K / config.n_routed_experts) * share.mean(0)).sum().item()
+    assert routing.balance_loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def loop_over_experts(moe, x, routing):
