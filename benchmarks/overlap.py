@@ -15,117 +15,29 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from infra import distributed
 from measuring.cluster import from_rank, on_cluster
 from measuring.pipelined_step import PipelinedStep, in_turn
 from measuring.ratios import ratios, setting, shown
-from model.linear import Linear, at_once
+from measuring.sleeping_layers import NUM_EXPERTS, PHASE, ROW_BYTES, TOKENS, TOP_K, evenly, sleeping_stages
 from parallel.expert import DISPATCHERS
-from parallel.expert.dispatcher import DispatchConfig, Dispatcher
+from parallel.expert.dispatcher import DispatchConfig
 from parallel.mesh import Mesh, MeshConfig
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.p2p import Spec
 from parallel.pipeline.passes import pair_up
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
-from parallel.pipeline.stage import TransformerStage
 
 EP = 2
-HIDDEN, TOKENS, TOP_K, NUM_EXPERTS = 256, 256, 8, 16  # half of a token's experts are on the other node
-LAYER = 0.12  # seconds of compute of one layer: F, I and W of attention and of the experts
-PHASE = LAYER / 6
+LAYER = 6 * PHASE  # seconds of compute of one layer: F, I and W of attention and of the experts
 MICROBATCHES = 8  # a pipeline rank
-ROW_BYTES = HIDDEN * 4
-
-
-class _Sleep(torch.autograd.Function):
-    """Sleeps through F and I; offers a W that sleeps."""
-
-    @staticmethod
-    def forward(ctx, x, weight, weight_grad):
-        ctx.weight, ctx.weight_grad = weight, weight_grad
-        time.sleep(PHASE)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        time.sleep(PHASE)
-        ctx.weight_grad(ctx.weight, lambda: time.sleep(PHASE))
-        return grad, None, None
-
-
-class Sleeper(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight_grad = at_once
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Sleep.apply(x, self.weight, self.weight_grad)
-
-
-class SleepingBlock(nn.Module):
-    """A MoE layer whose attention and experts sleep; its tokens are routed evenly, and really travel."""
-
-    is_moe = True
-
-    def __init__(self, dispatcher: Dispatcher):
-        super().__init__()
-        self.attention, self.expert = Sleeper(), Sleeper()
-        self.mlp = SimpleNamespace(dispatcher=dispatcher)
-        first = torch.arange(TOKENS).unsqueeze(1)
-        self.topk_idx_TK = (first + torch.arange(0, NUM_EXPERTS, NUM_EXPERTS // TOP_K)) % NUM_EXPERTS
-        self.weights_TK = torch.full((TOKENS, TOP_K), 1 / TOP_K)
-
-    def attend(self, h_BLD: Tensor, documents_BL: Tensor | None) -> SimpleNamespace:
-        h_BLD = self.attention(h_BLD)
-        x_TD = h_BLD.flatten(0, 1)
-        nothing = torch.zeros(())
-        return SimpleNamespace(
-            h_BLD=h_BLD,
-            x_TD=x_TD,
-            topk_weights_TK=self.weights_TK,
-            balance_loss=nothing,
-            topk_idx_TK=self.topk_idx_TK,
-            load_E=torch.zeros(NUM_EXPERTS, dtype=torch.int64),
-        )
-
-    def shared_expert(self, x_TD: Tensor) -> Tensor:
-        return x_TD.view_as(x_TD)
-
-    def experts(self, x_RD: Tensor, weights_R: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
-        return self.expert(x_RD) * weights_R.unsqueeze(1)
-
-
-def sleeping_stages(
-    schedule: Schedule, mesh: Mesh, dispatcher: Dispatcher, num_layers: int
-) -> dict[int, TransformerStage]:
-    """`num_layers` in the whole model, shared out evenly; the head is next to nothing."""
-    each, last = num_layers // schedule.num_stages, schedule.num_stages - 1
-    start = nn.Parameter(torch.zeros(1, TOKENS, HIDDEN))
-    head = Linear(HIDDEN, 8)
-    nn.init.zeros_(head.weight)
-    return {
-        s: TransformerStage(
-            {s * each + n: SleepingBlock(dispatcher) for n in range(each)},  # type: ignore[misc]
-            Spec((1, TOKENS, HIDDEN), torch.float32),
-            is_first=s == 0,
-            embed=(lambda tokens_BL: start.clone()) if s == 0 else None,
-            norm=(lambda h_BLD: h_BLD) if s == last else None,
-            head=head if s == last else None,
-        )
-        for s in schedule.stages_of(mesh.at.pp)
-    }
 
 
 VARIANTS = {  # name: (schedule, whether it is paired up, overlap)
@@ -153,7 +65,7 @@ def measure_rank(rounds: int) -> dict[str, Any]:
     for name, (_, _, overlap) in VARIANTS.items():
         schedule = schedule_of(name, pp)
         steps[name] = PipelinedStep(
-            schedule, sleeping_stages(schedule, mesh, dispatcher, 2 * pp), mesh, dispatcher, overlap
+            schedule, sleeping_stages(schedule, mesh, dispatcher, 2 * pp, evenly()), mesh, dispatcher, overlap
         )
     tokens_MBL = torch.zeros(MICROBATCHES * pp, 1, TOKENS + 1, dtype=torch.int64)
     results = in_turn(steps, tokens_MBL, rounds)

@@ -96,10 +96,15 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """dir: the run folder. trace: whether a pipeline leaves the timeline of its last step there."""
+    """dir: the run folder. trace: whether a pipeline leaves the timeline of its last step there.
+
+    ranks: processes that a sweep (-m) starts for each of its runs, in run.dir/000 and on; None: parallel.pp x
+    parallel.ep.
+    """
 
     dir: str = "runs/pretrain"
     trace: bool = True
+    ranks: int | None = None
 
 
 @dataclass

@@ -23,9 +23,11 @@ FAR = log(4.0)  # a shape further than this factor in any of m, n, k from every 
 class KernelRates:
     """Measured rates of kernels that run alone on all SMs of `device`, whose peaks stand beside them.
 
-    dense: [m, n, k, TFLOP/s] of y[m, n] = x[m, k] W[n, k]^T. grouped: [m of all groups, n, k, TFLOP/s, groups].
-    wgrad: [m, n, k, TFLOP/s] of dW[m, n], FP32, summed over k tokens. attention_forward, attention_backward: TFLOP/s of
-    the causal core, half of the square counted. stream_gbs: what a kernel reaches that only moves memory.
+    dtype: that of the operands of dense, grouped and wgrad. dense: [m, n, k, TFLOP/s] of y[m, n] = x[m, k] W[n, k]^T.
+    grouped: [m of all groups, n, k, TFLOP/s, groups]. wgrad: [m, n, k, TFLOP/s] of dW[m, n], FP32, summed over k
+    tokens. attention_forward, attention_backward: TFLOP/s of the causal core, half of the square counted, over
+    sequences of attention_length (0: any). stream_gbs: what a kernel reaches that only moves memory; permute_gbs, one
+    that puts rows in another order; update_gbs, the optimizer. 0: as stream_gbs.
     """
 
     device: str = ""
@@ -37,7 +39,21 @@ class KernelRates:
     wgrad: list[Any] = field(default_factory=list)
     attention_forward: float = 0.0
     attention_backward: float = 0.0
+    attention_length: int = 0
     stream_gbs: float = 0.0
+    permute_gbs: float = 0.0
+    update_gbs: float = 0.0
+    fp32_tflops: float = 0.0
+    dtype: str = "fp8"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"cluster.rates.dtype={self.dtype}: expected one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of the device in `dtype`."""
+        return 1e12 * float(getattr(self, f"{self.dtype}_tflops"))
 
 
 @dataclass
@@ -45,11 +61,14 @@ class ClusterConfig:
     """num_ranks devices in nodes of ranks_per_node. Peaks are dense (no sparsity); fp8_tflops 0: the device has none.
 
     num_sms, comm_sms: multiprocessors, and those that communication occupies while it is overlapped with computing.
-    node_gbs, network_gbs: what one rank reaches in one direction inside its node and between nodes, in an all-to-all
-    (bytes counted once a node, as they are sent). node_latency_us, network_latency_us: of a small message.
+    node_gbs, network_gbs: what leaves one rank a second in an all-to-all, inside its node and between nodes (what it
+    has to send to itself is not counted). node_latency_us, network_latency_us: of a small message. p2p_gbs,
+    reduce_gbs: what a transfer between stages and a sum of gradients reach inside a node; 0: node_gbs.
     dollars_per_hour: of one rank. mtbf_hours: of one rank, between failures that stop the run. storage_gbs: what one
     node writes to storage. restart_s: from a failure to the next step, but for the work lost.
     expert_imbalance: how far the most loaded rank of a layer stands above the mean, as a share.
+    measured: whole layers of a model as this cluster ran them (parallel/plan/measured.py). calibrated: what
+    launch/calibrate.py ran on, with what, and when; empty where the figures were published by others.
     """
 
     name: str = ""
@@ -67,6 +86,8 @@ class ClusterConfig:
     network_gbs: float = 45.0
     node_latency_us: float = 3.0
     network_latency_us: float = 4.0
+    p2p_gbs: float = 0.0
+    reduce_gbs: float = 0.0
     host_memory_gb: float = 1000.0  # of a node
     storage_gbs: float = 10.0
     dollars_per_hour: float = 2.0
@@ -74,6 +95,8 @@ class ClusterConfig:
     restart_s: float = 900.0
     expert_imbalance: float = 0.0
     rates: KernelRates = field(default_factory=KernelRates)
+    measured: list[Any] = field(default_factory=list)
+    calibrated: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._seconds: dict[tuple, float] = {}  # of the shapes asked for before
@@ -120,7 +143,22 @@ class ClusterConfig:
 
     def stream(self, num_bytes: float) -> float:
         """Seconds of a kernel that reads and writes so many bytes and computes next to nothing."""
-        return num_bytes / (1e9 * self.rates.stream_gbs * self.hbm_gbs / self.rates.hbm_gbs)
+        return self._at(self.rates.stream_gbs, num_bytes)
+
+    def permute(self, num_bytes: float) -> float:
+        """Seconds of putting rows in another order, or adding up copies of them."""
+        return self._at(self.rates.permute_gbs or self.rates.stream_gbs, num_bytes)
+
+    def update(self, num_bytes: float) -> float:
+        """Seconds of an optimizer that reads and writes so many bytes."""
+        return self._at(self.rates.update_gbs or self.rates.stream_gbs, num_bytes)
+
+    def _at(self, gbs: float, num_bytes: float) -> float:
+        return num_bytes / (1e9 * gbs * self.hbm_gbs / self.rates.hbm_gbs)
+
+    def asked(self) -> list[tuple]:
+        """The products asked for so far: (kind, m, n, k, dtype, groups)."""
+        return list(self._seconds)
 
     def uncovered(self) -> list[str]:
         """The shapes asked for so far that are further than a factor of 4 from every row of their table."""
@@ -152,8 +190,8 @@ def _share(
     total = weight_sum = 0.0
     for row in table:
         at_groups = row[4] if len(row) > 4 else 1
-        peak = 1e12 * rates.fp8_tflops
-        share = 1e12 * row[3] / _roofline(peak, rates.hbm_gbs, row[0], row[1], row[2], at_groups, "fp8", kind)
+        at_most = _roofline(rates.peak, rates.hbm_gbs, row[0], row[1], row[2], at_groups, rates.dtype, kind)
+        share = 1e12 * row[3] / at_most
         square = log(m / row[0]) ** 2 + log(n / row[1]) ** 2 + log(k / row[2]) ** 2 + log(groups / at_groups) ** 2
         if square < 1e-18:
             return share

@@ -18,8 +18,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -35,24 +34,24 @@ _OURS = {"conf", "infra", "launch", "model", "parallel"}
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns an error about the input into one line on stderr and exit code 1; usable as a decorator."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
-    try:
-        yield
-    except Exception as error:
-        line = explain(error)
-        if line is None or TRACES:
-            raise
-        _give_way()
-        sys.exit(f"error: {line}")
-    finally:
-        if before is None:
+class one_line_errors(ContextDecorator):
+    """Turns an error about the input into one line on stderr and exit code 1; usable as a decorator.
+
+    A class, as a task function that holds a generator could not be sent to the processes of a sweep.
+    """
+
+    def __enter__(self) -> None:
+        self._before = os.environ.get("HYDRA_FULL_ERROR")
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._before is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+            os.environ["HYDRA_FULL_ERROR"] = self._before
+        if isinstance(error, Exception) and not TRACES and (line := explain(error)) is not None:
+            _give_way()
+            sys.exit(f"error: {line}")
 
 
 def _give_way() -> None:

@@ -3,9 +3,13 @@
 torchrun --nproc-per-node=4 launch/pretrain.py model=debug train.steps=300 run.dir=runs/first
 mpirun -n 4 python launch/pretrain.py ...          # the same through mpi4py
 python launch/pretrain.py ...                      # one rank
+python launch/pretrain.py -m optim.lr.peak=1e-3,3e-3 run.dir=runs/sweep    # a sweep starts the ranks of its runs itself
 """
 
 from __future__ import annotations
+
+import sys
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config, register
 from launch.errors import one_line_errors
+from launch.sweep import is_asked, is_sweep, leave_row, row_or_note, sweep, swept_words
+from launch.train_ranks import train_ranks
 
 register()
 
@@ -22,6 +28,8 @@ register()
 @one_line_errors()
 def main(settings: DictConfig) -> None:
     config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
+    if is_sweep():
+        return leave_row(row_or_note(partial(train_ranks, config), swept_words()))
     from infra import distributed
     from launch.fit import fit, open_run_folder, resume, with_data
     from launch.trainer import Trainer
@@ -37,4 +45,7 @@ def main(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if is_asked(sys.argv):
+        sweep(main, "run.dir", "runs", by=("eval_nats_per_byte", "loss"), scatter=("tokens_per_second", "loss"))
+    else:
+        main()

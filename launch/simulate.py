@@ -8,8 +8,9 @@
     python launch/simulate.py parallel.schedule=dualpipev parallel.pp=4 measure=runs/first
     torchrun --nproc-per-node=4 launch/simulate.py execute=true parallel.schedule=zbv parallel.pp=4 out=DIR
 
-With measure=RUN the costs are what that run measured; with execute=true the schedule also runs for real, with stages
-that only take time (work=sleep or matmul), and the page shows what ran over what was simulated.
+With measure=RUN the costs are what that run measured, and the schedule its own where none is named; with cluster=NAME
+model=NAME they are the planner's for that model there, in seconds. With execute=true the schedule also runs for real,
+with stages that only take time (work=sleep or matmul), and the page shows what ran over what was simulated.
 
 A run prints the grid and where the time goes; with out=DIR it writes report.json, schedule.json, schedule.csv (if the
 schedule has one direction), trace.json, timeline.html and timeline.png. A sweep (-m) ends with one table of all its
@@ -22,24 +23,26 @@ import gc
 import json
 import math
 import sys
-import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import hydra
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from launch.errors import explain, one_line_errors
+from infra.hardware import ClusterConfig
+from launch.costs import costs_of, measured_costs, measured_shape, named, planned_costs, read_text
+from launch.errors import one_line_errors
 from launch.files import save
-from launch.summary import Row, as_csv, as_html, as_table
+from launch.summary import Row
+from launch.sweep import is_asked, is_sweep, job_number, leave_row, row_or_note, sweep, swept_words
+from model.config import ModelConfig
 from parallel.config import check_choice
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
@@ -99,6 +102,10 @@ class SimulateConfig:
     num_microbatches: int = 20
     costs: dict[str, Any] = field(default_factory=_cost_options)
     auto: AutoConfig = field(default_factory=AutoConfig)
+    model: ModelConfig | None = None
+    cluster: ClusterConfig | None = None  # costs are then the planner's, in seconds, but for those named here
+    layout: dict[str, Any] = field(default_factory=dict)  # with cluster=: {ep: 64, recompute: selective, ...}
+    sequence_length: int = 4096  # with cluster=
     unit: str = ""  # of the costs: a word for the pictures, the scale of the trace
     seed: int = 0  # of costs.jitter
     num_runs: int = 100  # for the quantiles of the step time under costs.jitter
@@ -111,6 +118,8 @@ class SimulateConfig:
         check_choice("work", self.work, ("sleep", "matmul"))
         if self.measure is not None:
             self.unit = "ms"
+        elif self.cluster is not None:
+            self.unit = "s"
         check_positive("num_microbatches", self.num_microbatches)
         check_positive("num_runs", self.num_runs)
         check_choice("unit", self.unit, MICROSECONDS)
@@ -121,31 +130,10 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}={value}: must be at least 1")
 
 
-def costs_of(options: dict[str, Any], overrides: list[str]) -> Costs:
-    """`Costs` from the options: what `costs.file` says holds, but for what the command line (`overrides`) names."""
-    options = dict(options)
-    path = options.pop("file")
-    if path is not None:
-        try:
-            found = yaml.safe_load(_read(path))
-        except yaml.YAMLError as error:
-            raise ValueError(f"costs.file={path}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"costs.file={path}: must hold names and values, as in 'f: 1.5'")
-        for name in found:
-            check_choice(f"costs.file={path}: option", name, [one.name for one in fields(Costs)])
-        given = {override.lstrip("+").partition("=")[0].removeprefix("costs.") for override in overrides}
-        options.update({name: value for name, value in found.items() if name not in given})
-    slow = options.pop("slow") or {}
-    if not isinstance(slow, dict) or not all(str(rank).isdecimal() for rank in slow):
-        raise ValueError(f"costs.slow={slow}: expected a factor for each slow rank, as in {{3: 1.07}}")
-    return Costs(**options, slow={int(rank): factor for rank, factor in slow.items()})
-
-
 def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     parallel = config.parallel
     if parallel.schedule_csv is not None:
-        return from_csv(_read(parallel.schedule_csv), name=parallel.schedule_csv)
+        return from_csv(read_text(parallel.schedule_csv), name=parallel.schedule_csv)
     shape = (parallel.pp, config.num_microbatches)
     if math.prod(shape) > MOST_FORWARDS:
         what = f"parallel.pp={shape[0]} times num_microbatches={shape[1]}"
@@ -157,13 +145,6 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     if parallel.schedule == "interleaved_1f1b":
         return SCHEDULES["interleaved_1f1b"](*shape, parallel.stages_per_rank)
     return SCHEDULES[parallel.schedule](*shape)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # a spreadsheet writes a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
 
 
 def report_of(config: SimulateConfig, costs: Costs, schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
@@ -243,25 +224,40 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
     console.print(f"[bold]{shape}[/bold]: {figures}", soft_wrap=True)
 
 
-def step(config: SimulateConfig, overrides: list[str]) -> tuple[Costs, Schedule, Timeline]:
-    costs = costs_of(config.costs, overrides)
+class Step(NamedTuple):
+    """A simulated step. notes: what its costs rest on."""
+
+    costs: Costs
+    schedule: Schedule
+    timeline: Timeline
+    notes: list[str]
+
+
+def step(config: SimulateConfig, overrides: list[str]) -> Step:
+    costs, notes = costs_of(config.costs, overrides), list[str]()
     if config.measure is not None:
-        costs, schedule = measured_step(config, costs, overrides)
+        config = as_measured(config, overrides)
+        make, pp = partial(schedule_of, config), config.parallel.pp
+        costs, schedule = measured_costs(str(config.measure), make, pp, costs, overrides)
+    elif config.cluster is not None:
+        schedule = schedule_of(config, costs)
+        model = config.model or ModelConfig()
+        planned, notes = planned_costs(model, config.cluster, schedule, config.layout, config.sequence_length)
+        costs = replace(planned, send_when="slot_end", **named(costs, overrides))
     else:
         schedule = schedule_of(config, costs)
-    return costs, schedule, simulate(schedule, costs, seed=config.seed)
+    return Step(costs, schedule, simulate(schedule, costs, seed=config.seed), notes)
 
 
-def measured_step(config: SimulateConfig, given: Costs, overrides: list[str]) -> tuple[Costs, Schedule]:
-    """The schedule under the costs of the run `config.measure`, but for those that the command line names."""
-    from launch.trace import read_costs
-    from parallel.pipeline.measure import per_rank, rescaled
-
-    costs, num_ranks = read_costs(Path(config.measure or ""))
-    names = {override.removeprefix("costs.").partition("=")[0] for override in overrides if "costs." in override}
-    named = {name: getattr(given, name) for name in names - {"file"}}
-    schedule = schedule_of(config, replace(per_rank(costs, num_ranks, config.parallel.pp), **named))
-    return replace(rescaled(costs, num_ranks, schedule), **named), schedule
+def as_measured(config: SimulateConfig, overrides: list[str]) -> SimulateConfig:
+    """With the schedule, the ranks and the microbatches of the run, but for those that the command line names."""
+    told = {override.lstrip("+").partition("=")[0] for override in overrides}
+    parallel, shape = config.parallel, measured_shape(str(config.measure))
+    if "parallel.schedule_csv" not in told:
+        words = {name: shape[name] for name in ("schedule", "pp") if name in shape and f"parallel.{name}" not in told}
+        parallel = replace(parallel, **words)
+    count = config.num_microbatches if "num_microbatches" in told else shape["num_microbatches"]
+    return replace(config, parallel=parallel, num_microbatches=count)
 
 
 def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, console: Console) -> None:
@@ -293,7 +289,7 @@ def costs_in_ms(schedule: Schedule, costs: Costs, unit_ms: float) -> Costs:
 
 def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> None:
     try:
-        costs, schedule, timeline = step(config, overrides)
+        costs, schedule, timeline, notes = step(config, overrides)
     except ScheduleError as error:
         console.print(error.grid, markup=False, highlight=False, soft_wrap=True)
         raise
@@ -306,6 +302,9 @@ def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> 
         console.print(f"step time, quantiles of {config.num_runs} runs with jitter: {figures}", soft_wrap=True)
     if lost := shortfall(schedule):
         console.print(lost, soft_wrap=True)
+    report["notes"] = notes
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False)
     if config.out is not None:
         names = write(Path(config.out), config, costs, schedule, timeline, report)
         console.print(f"{config.out}: {' '.join(names)}", markup=False, highlight=False, soft_wrap=True)
@@ -313,30 +312,18 @@ def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> 
             console.print(f"no pictures: {len(timeline.op_A):,} actions, of at most {MOST_DRAWN:,} that a viewer holds")
 
 
-def run_of_sweep(config: SimulateConfig, overrides: list[str], number: int) -> Row:
-    """Runs one combination of a sweep. One that cannot be does not end the others: its row says why."""
-    row: Row = {
-        "schedule": config.parallel.schedule_csv or config.parallel.schedule,
-        "pp": config.parallel.pp,
-        "num_microbatches": config.num_microbatches,
-        **dict(override.lstrip("+").split("=", 1) for override in overrides if not override.startswith(_NAMED)),
-        "step_time": None,
-        "bubble_fraction": None,
-        "peak_activations": None,
-        "note": "",
-    }
-    try:
-        costs, schedule, timeline = step(config, overrides)
-    except ValueError as error:
-        line = explain(error)
-        if line is None:
-            raise
-        return row | {"note": line}
+SHOWN = ("schedule", "pp", "num_microbatches", "step_time", "bubble_fraction", "peak_activations")
+_NAMED = ("parallel.schedule", "parallel.schedule_csv", "parallel.pp", "num_microbatches")
+
+
+def row_of(config: SimulateConfig, overrides: list[str]) -> Row:
+    """Runs one combination of a sweep."""
+    costs, schedule, timeline, _ = step(config, overrides)
     if config.out is not None:
-        name = f"{number:03d}_{schedule.name}_pp{schedule.num_ranks}_m{schedule.num_microbatches}"
+        name = f"{job_number():03d}_{schedule.name}_pp{schedule.num_ranks}_m{schedule.num_microbatches}"
         report = report_of(config, costs, schedule, timeline)
         write(Path(config.out) / name.replace("/", "_"), config, costs, schedule, timeline, report)
-    return row | {
+    return {
         "pp": schedule.num_ranks,
         "num_microbatches": schedule.num_microbatches,
         "step_time": timeline.step_time,
@@ -345,51 +332,37 @@ def run_of_sweep(config: SimulateConfig, overrides: list[str], number: int) -> R
     }
 
 
-_NAMED = ("out=", "parallel.schedule=", "parallel.schedule_csv=", "parallel.pp=", "num_microbatches=")
-
-
-def end_sweep(rows: list[Row], out: str | None, console: Console) -> None:
-    """Shows and writes the one table: by shape, the fastest first, without the columns that never change."""
-    rows = sorted(rows, key=lambda row: (row["pp"], row["num_microbatches"], row["step_time"] or float("inf")))
-    always = {"schedule", "pp", "num_microbatches", "step_time", "bubble_fraction", "peak_activations"}
-    keys = [key for key in rows[0] if key in always or len({str(row[key]) for row in rows}) > 1]
-    rows = [{key: row[key] for key in keys} for row in rows]
-    console.print(as_table([{key: row[key] for key in keys if key != "note"} for row in rows]))
-    if out is not None:
-        save(Path(out) / "summary.csv", as_csv(rows))
-        save(Path(out) / "summary.html", as_html(rows, f"{len(rows)} simulated steps"))
-        console.print(f"{out}: summary.csv summary.html", markup=False, highlight=False, soft_wrap=True)
-
-
 ConfigStore.instance().store(name="simulate_schema", node=SimulateConfig)
+
+
+@one_line_errors()
+@hydra.main("pkg://conf", "simulate", version_base="1.3")
+@one_line_errors()
+def run(composed: DictConfig) -> None:
+    config = cast(SimulateConfig, OmegaConf.to_object(composed))
+    overrides = list(HydraConfig.get().overrides.task)
+    if not is_sweep():
+        return run_once(config, overrides, Console())
+    known: Row = {
+        "schedule": config.parallel.schedule_csv or config.parallel.schedule,
+        "pp": config.parallel.pp,
+        "num_microbatches": config.num_microbatches,
+        **{name: value for name, value in swept_words().items() if name not in _NAMED},
+        "step_time": None,
+        "bubble_fraction": None,
+        "peak_activations": None,
+        "note": "",
+    }
+    leave_row(row_or_note(partial(row_of, config, overrides), known))
 
 
 def main() -> None:
     gc.set_threshold(YOUNG)
-    console = Console()
-    rows: list[Row] = []  # one a run of a sweep
-    out: str | None = None
-
-    @hydra.main("pkg://conf", "simulate", version_base="1.3")
-    @one_line_errors()
-    def run(composed: DictConfig) -> None:
-        nonlocal out
-        config = cast(SimulateConfig, OmegaConf.to_object(composed))
-        job = HydraConfig.get()
-        if job.mode == RunMode.MULTIRUN:
-            out = config.out
-            with console.status(f"{len(rows)} steps simulated"):
-                rows.append(run_of_sweep(config, list(job.overrides.task), len(rows)))
-        else:
-            run_once(config, list(job.overrides.task), console)
-
-    with tempfile.TemporaryDirectory() as scratch, one_line_errors():
-        OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)  # where Hydra records a sweep
+    if is_asked(sys.argv):
+        by, scatter = ("pp", "num_microbatches", "step_time"), ("peak_activations", "step_time")
+        sweep(run, "out", "simulated steps", by=by, scatter=scatter, always=SHOWN)
+    else:
         run()
-        if rows:
-            end_sweep(rows, out, console)
-    if refused := dict.fromkeys(row["note"] for row in rows if row["note"]):
-        sys.exit("\n".join(f"error: {note}" for note in refused))
 
 
 if __name__ == "__main__":

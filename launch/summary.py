@@ -43,11 +43,16 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def as_html(rows: Sequence[Row], title: str) -> str:
-    """A self-contained page: a click on a column's head sorts by it, bars compare its numbers."""
+def as_html(rows: Sequence[Row], title: str, scatter: tuple[str, str] | None = None) -> str:
+    """A self-contained page: a click on a column's head sorts by it, bars compare its numbers.
+
+    scatter: the columns to lay out as x and y, a point a row; pointing at one shows its row.
+    """
     cells = [[[value, _text(key, value)] for key, value in row.items()] for row in rows]
     columns = [[key.replace("_", " "), any(isinstance(row[key], float) for row in rows)] for key in rows[0]]
-    data = {"title": title, "columns": columns, "rows": cells}  # a column: its name, whether it has bars
+    axes = [list(rows[0]).index(key) for key in scatter] if scatter else None
+    # a column: its name, whether it has bars
+    data = {"title": title, "columns": columns, "rows": cells, "axes": axes}
     return _PAGE.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
 
 
@@ -66,11 +71,17 @@ _PAGE = """<!doctype html>
   th, td { padding: 5px 14px; border-bottom: 1px solid #e2e5eb; }
   td { white-space: nowrap; }
   td.number { text-align: right; }
-  tr:hover td { background-color: #f3f6fb; }
+  tr:hover td, tr.chosen td { background-color: #e7eefb; }
+  svg { background: #fff; border: 1px solid #e2e5eb; margin-bottom: 18px; display: block; }
+  svg[hidden] { display: none; }
+  svg text { font-size: 11px; fill: #5a6274; }
+  circle { fill: #3b6fc4; fill-opacity: .55; cursor: pointer; }
+  circle:hover, circle.chosen { fill: #d2522e; fill-opacity: 1; }
 </style>
 </head>
 <body>
 <h1></h1>
+<svg width="760" height="320" hidden></svg>
 <table><thead><tr></tr></thead><tbody></tbody></table>
 <script id="data" type="application/json">@DATA@</script>
 <script>
@@ -79,9 +90,54 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const head = document.querySelector("thead tr"), body = document.querySelector("tbody");
 document.title = document.querySelector("h1").textContent = data.title;
 const largest = data.columns.map((_, k) => Math.max(...data.rows.map(row => row[k][0]).filter(Number.isFinite)));
+const svg = document.querySelector("svg"), points = new Map(), lines = new Map();
+function draw() {
+  const [xs, ys] = data.axes.map(k => data.rows.map(row => row[k][0]).filter(Number.isFinite));
+  if (!xs.length || !ys.length) return;
+  svg.removeAttribute("hidden");
+  const [left, top, width, height] = [70, 14, 660, 250];
+  const scale = (values, low, size) => {
+    const least = Math.min(...values), span = Math.max(...values) - least || 1;
+    return [value => low + size * (value - least) / span, least, least + span];
+  };
+  const [x, x0, x1] = scale(xs, left, width), [y, y0, y1] = scale(ys, top + height, -height);
+  const add = (name, attributes, text) => {
+    const node = svg.appendChild(document.createElementNS(svg.namespaceURI, name));
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    if (text !== undefined) node.textContent = text;
+    return node;
+  };
+  for (let k = 0; k <= 4; k++) {
+    const a = x0 + (x1 - x0) * k / 4, b = y0 + (y1 - y0) * k / 4;
+    add("line", {x1: x(a), x2: x(a), y1: top, y2: top + height, stroke: "#eef0f4"});
+    add("line", {y1: y(b), y2: y(b), x1: left, x2: left + width, stroke: "#eef0f4"});
+    add("text", {x: x(a), y: top + height + 16, "text-anchor": "middle"}, +a.toPrecision(4));
+    add("text", {x: left - 8, y: y(b) + 4, "text-anchor": "end"}, +b.toPrecision(4));
+  }
+  const names = data.axes.map(k => data.columns[k][0]);
+  add("text", {x: left + width / 2, y: top + height + 36, "text-anchor": "middle"}, names[0]);
+  const middle = top + height / 2;
+  add("text", {x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})`}, names[1]);
+  for (const row of data.rows) {
+    const [a, b] = data.axes.map(k => row[k][0]);
+    if (!Number.isFinite(a) || !Number.isFinite(b)) continue;
+    const point = add("circle", {cx: x(a), cy: y(b), r: 5});
+    point.appendChild(document.createElementNS(svg.namespaceURI, "title")).textContent =
+      row.map(([, text], k) => `${data.columns[k][0]}: ${text}`).join("\\n");
+    point.addEventListener("click", () => { choose(row); lines.get(row).scrollIntoView({block: "center"}); });
+    points.set(row, point);
+  }
+}
+function choose(row) {
+  for (const node of [...points.values(), ...lines.values()]) node.classList.remove("chosen");
+  points.get(row)?.classList.add("chosen");
+  lines.get(row)?.classList.add("chosen");
+}
 function fill() {
   body.replaceChildren(...data.rows.map(row => {
     const line = document.createElement("tr");
+    lines.set(row, line);
+    line.addEventListener("mouseenter", () => choose(row));
     row.forEach(([value, text], k) => {
       const cell = line.insertCell();
       cell.textContent = text;
@@ -107,6 +163,7 @@ data.columns.forEach(([name], k) => {
   });
 });
 fill();
+if (data.axes) draw();
 </script>
 </body>
 </html>

@@ -25,8 +25,8 @@ from parallel.pipeline.actions import Schedule
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 8  # dtype code, number of dims, up to six dims
-_AHEAD = 8  # receives that gloo is handed at once: each call wakes the other rank, one alone takes as long as eight
-_WINDOW = 8  # tensors under way to one rank before the oldest is waited for; gloo cannot say that a send has ended
+AHEAD = 8  # receives that gloo is handed at once: each call wakes the other rank, one alone takes as long as eight
+WINDOW = 8  # tensors under way to one rank before the oldest is waited for; gloo cannot say that a send has ended
 
 
 class Spec(NamedTuple):
@@ -54,7 +54,7 @@ class P2P:
         self._ranks, self._rank, self._up, self._down, self.device = tuple(ranks), rank, up, down, device
         self._sending: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
         self.bytes_sent = 0
-        self.ahead = 1 if device.type == "cuda" else _AHEAD
+        self.ahead = 1 if device.type == "cuda" else AHEAD
 
     def negotiate(self, schedule: Schedule, outputs: Mapping[int, Spec]) -> dict[int, Spec]:
         """Tells every next stage what the stages here send; returns what the stages here receive, by stage.
@@ -88,7 +88,7 @@ class P2P:
         sending = self._sending[dst]
         while sending and sending[0][0].is_completed():
             sending.popleft()
-        if len(sending) >= _WINDOW:
+        if len(sending) >= WINDOW:
             sending.popleft()[0].wait()
         work = self._group(dst).send([tensor], dst, 0)
         sending.append((work, tensor))  # the tensor must outlive the send

@@ -19,6 +19,7 @@ from parallel.pipeline.actions import Op
 from parallel.pipeline.palette import DARK, OPTIMIZER, Lanes, facts, halves, ink_on
 from parallel.pipeline.timeline import Timeline
 
+_NAMED = 12  # ranks whose memory curves are named one by one; of more, three
 _INCHES = 17.0
 _IDLE, _SOFT, _LINE = "#f1f2f5", "#687083", "#e2e5eb"
 
@@ -110,11 +111,14 @@ def _write_numbers(axes, timeline: Timeline, lanes: Lanes, middle_A: np.ndarray)
 
 def _draw_memory(axes, timeline: Timeline) -> None:
     ranks = range(timeline.num_ranks)
+    named = ranks if len(ranks) <= _NAMED else {0, len(ranks) // 2, len(ranks) - 1}
     for rank, colour in zip(ranks, colormaps["plasma"](np.linspace(0.05, 0.85, max(len(ranks), 1))), strict=False):
         times, live = timeline.memory_curve(rank)
         times, live = np.concatenate(([0.0], times, [timeline.step_time])), np.concatenate(([0.0], live, live[-1:]))
-        axes.step(times, live, where="post", color=colour, lw=1.0)
+        axes.step(times, live, where="post", color=colour, lw=1.0, label=f"rank {rank}" if rank in named else None)
     axes.set_ylim(0, None)
+    look = {"fontsize": 7.5, "labelcolor": _SOFT, "frameon": False, "handlelength": 1.2, "columnspacing": 1.0}
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=len(named), **look)
     axes.set_ylabel("live activations", color=_SOFT, fontsize=9)
     axes.grid(color=_LINE, lw=0.6)
     axes.tick_params(length=0, labelsize=9, labelcolor=_SOFT)

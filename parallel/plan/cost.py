@@ -23,7 +23,7 @@ Letters: T tokens, D model, N heads, R rows received, F expert hidden. Times are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 
 from infra.hardware import DTYPE_BYTES, ClusterConfig
@@ -58,6 +58,11 @@ class LayerTimes:
     def weight_grad(self) -> float:
         return sum(self.w)
 
+    def scaled(self, factor: float) -> LayerTimes:
+        """With all computing `factor` as long."""
+        f, i, w = ((factor * attend, factor * experts) for attend, experts in (self.f, self.i, self.w))
+        return replace(self, f=f, i=i, w=w)
+
 
 def pair_time(forward: LayerTimes, backward: LayerTimes, contention: float, send: float, split: bool) -> float:
     """Of an overlapped pair of layers (F&B, or F&I where `split`); `send` is a pipeline transfer among its journeys."""
@@ -70,9 +75,11 @@ def pair_time(forward: LayerTimes, backward: LayerTimes, contention: float, send
 
 
 class Kernels:
-    """Seconds of the kernels of one microbatch of a layout."""
+    """Seconds of the kernels of one microbatch of a layout. load: rows of the most loaded rank over the mean."""
 
-    def __init__(self, model: ModelConfig, cluster: ClusterConfig, layout: Layout, sequence_length: int):
+    def __init__(
+        self, model: ModelConfig, cluster: ClusterConfig, layout: Layout, sequence_length: int, load: float = 1.0
+    ):
         self.model, self.cluster, self.layout = model, cluster, layout
         self.length = sequence_length
         self.tokens = sequence_length * layout.microbatch_size
@@ -80,8 +87,9 @@ class Kernels:
         self.experts = model.n_routed_experts // layout.ep  # here
         self.fp8 = layout.precision == "fp8"
         self.dtype = layout.precision
-        self.value = SCALED if self.fp8 else 2.0  # bytes of a linear layer's operand
-        self.load = 1 + cluster.expert_imbalance * (layout.ep > 1)
+        self.wide = DTYPE_BYTES["fp32" if layout.precision == "fp32" else "bf16"]  # bytes of an activation
+        self.value = SCALED if self.fp8 else self.wide  # and of a linear layer's operand
+        self.load = load
 
     def linear(self, features_in: int, features_out: int) -> Times:
         """fprop, dgrad and wgrad of a linear layer over T tokens."""
@@ -163,8 +171,8 @@ class Kernels:
         if self.fp8:  # casts of the gradient both ways, operands of wgrad turned
             i += self.casts(rows * 2 * inner, 2) + self.stream((rows * D, 4 * SCALED), (rows * inner, 2 * SCALED))
         if grouped:  # rows put in the experts' order, and summed over the experts here, both ways
-            f += self.stream((rows * D, 2 * self.value), (rows * D, 4))
-            i += self.stream((rows * D, 2 * self.value), (rows * D, 4))
+            moved = self.cluster.permute(rows * D * (2 * self.value + 4))
+            f, i = f + moved, i + moved
         return f, i, up[2] + down[2]
 
     def layer(self, is_moe: bool) -> LayerTimes:
@@ -175,25 +183,30 @@ class Kernels:
         routed = self.mlp(self.model.moe_intermediate_size, grouped=True)
         shared = self.mlp(self.model.n_shared_experts * self.model.moe_intermediate_size, grouped=False)
         experts = (routed[0] + shared[0], routed[1] + shared[1], routed[2] + shared[2])
-        wide, narrow = self.journey(2.0), self.journey(self.value)
-        return LayerTimes(*_beside(attend, experts), narrow, wide, wide, narrow)
+        f, i, w = _beside(attend, experts)
+        return LayerTimes(f, i, w, **self.journeys())
+
+    def journeys(self) -> dict[str, float]:
+        """The four all-to-alls of a layer by their names; dispatched rows travel in the operands' precision."""
+        wide, narrow = self.journey(self.wide), self.journey(self.value)
+        return {"dispatch": narrow, "combine": wide, "dispatch_back": wide, "combine_back": narrow}
 
     def journey(self, bytes_per_value: float) -> float:
-        """Seconds of one all-to-all: over the network once a node (two_hop) or once an expert, then inside the node."""
+        """Seconds of one all-to-all: over the network once a node (two_hop) or once an expert (all_to_all), then inside
+        the node once a rank or once an expert. What a token has to send to its own rank or node does not travel."""
         mesh, m = self.layout.mesh, self.model
         if mesh.ep == 1:
             return 0.0
         row, T = m.hidden_size * bytes_per_value, self.tokens * self.load
-        rate_inside, rate_between = 1e9 * self.cluster.node_gbs, 1e9 * self.cluster.network_gbs
-        inside = T * row * min(m.num_experts_per_tok, ranks_reached(m, mesh.ep)) / rate_inside
-        inside += 1e-6 * self.cluster.node_latency_us
+        two_hop = self.layout.dispatcher != "all_to_all"
+        pairs = m.num_experts_per_tok
+        inside = T * row * (ranks_reached(m, mesh.ep) if two_hop else pairs) * (1 - 1 / mesh.ep_per_node)
+        inside = inside / (1e9 * self.cluster.node_gbs) + 1e-6 * self.cluster.node_latency_us
         if mesh.ep_nodes == 1:
             return inside
-        copies = nodes_reached(m, mesh.ep_nodes)
-        if self.layout.dispatcher == "all_to_all":
-            copies = ranks_reached(m, mesh.ep)
-        between = T * row * copies / rate_between + 1e-6 * self.cluster.network_latency_us
-        return max(between, inside)  # both hops run at once, chunk after chunk
+        between = T * row * (nodes_reached(m, mesh.ep_nodes) if two_hop else pairs) * (1 - 1 / mesh.ep_nodes)
+        between = between / (1e9 * self.cluster.network_gbs) + 1e-6 * self.cluster.network_latency_us
+        return max(between, inside) if mesh.ep_per_node > 1 else between  # both hops run at once, chunk after chunk
 
     def head(self) -> Times:
         """(F, I, W) of the output head in BF16 with its loss."""
@@ -215,11 +228,11 @@ class Kernels:
         return f + around, i + around, w
 
     def send(self, dp: int) -> float:
-        """Seconds of handing a microbatch (BF16) to the next stage, which is dp ranks away."""
+        """Seconds of handing a microbatch to the next stage, which is dp ranks away."""
         across = dp >= self.layout.mesh.node_size
-        rate = self.cluster.network_gbs if across else self.cluster.node_gbs
+        rate = self.cluster.network_gbs if across else self.cluster.p2p_gbs or self.cluster.node_gbs
         latency = self.cluster.network_latency_us if across else self.cluster.node_latency_us
-        return self.tokens * self.model.hidden_size * DTYPE_BYTES["bf16"] / (1e9 * rate) + 1e-6 * latency
+        return self.tokens * self.model.hidden_size * self.wide / (1e9 * rate) + 1e-6 * latency
 
 
 def _beside(attend: Times, experts: Times) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
@@ -234,6 +247,8 @@ def _drawn(boxes: int, each: int, draws: int) -> float:
 
 def nodes_reached(model: ModelConfig, nodes: int) -> float:
     """Nodes that a token's experts lie on, on average, when routing is uniform within its topk_group groups."""
+    if model.n_group == 1:  # no limit
+        return _drawn(nodes, model.n_routed_experts // nodes, model.num_experts_per_tok)
     groups = _drawn(model.topk_group, model.n_routed_experts // model.n_group, model.num_experts_per_tok)
     each = model.n_group // nodes if model.n_group % nodes == 0 else 1
     if each == 1 or nodes == 1:

@@ -9,7 +9,8 @@ When an activation lives is the schedule's affair: from its F to its B, or part 
 split. The order of a rank's program alone decides the peak, so nothing is timed here.
 
 Estimates, and named so: `workspace` (temporaries of the layer at hand), `buffers` (of dispatch and combine) and
-`margin` (context, communicators, fragmentation). All sizes are bytes.
+`margin` (context, communicators, fragmentation). Where the cluster measured this very layer (parallel/plan/measured.py)
+its bytes are taken instead; workspace and buffers are then how far the measured phases rose. All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from parallel.pipeline.actions import Op, Schedule
 from parallel.plan.cost import SCALED
 from parallel.plan.counts import StateBytes, state_bytes
 from parallel.plan.layout import RECOMPUTES, Layout, schedule_of
+from parallel.plan.measured import StageBytes, in_flight, stage_bytes
 from parallel.plan.step import StepModel
 
 E5M6 = 1.5 + 4 / 128
@@ -118,8 +120,13 @@ class MemoryModel:
     step: StepModel
     ema: bool = True
 
-    def stage_bytes(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """[stage]: what a microbatch keeps from F to I or B, and what of it (with gradients) from I to W."""
+    def stage_bytes(self, layout: Layout) -> StageBytes:
+        """What a microbatch keeps on each stage from F to I or B, and what of it (with gradients) from I to W; rises
+        are 0 where nothing was measured."""
+        split = self.step.split(layout.num_stages)
+        if row := self.step.measured(layout):
+            model = self.step.model
+            return stage_bytes(row, split, model.first_k_dense_replace, model.num_nextn_predict_layers)
         model, tokens = self.step.model, self.step.sequence_length * layout.microbatch_size
         forward, late = [], []
         for is_moe in (False, True):
@@ -127,25 +134,38 @@ class MemoryModel:
             forward.append(tokens * sum(t.bytes_per_token for t in tensors))
             gradients = gradients_kept(model, layout.precision, is_moe)
             late.append(tokens * (gradients + sum(t.bytes_per_token for t in tensors if t.for_weights)))
-        split = self.step.split(layout.num_stages)
         is_moe_of = [[int(n >= model.first_k_dense_replace) for n in layers] for layers in split]
         forward_S, late_S = (np.array([sum(table[k] for k in s) for s in is_moe_of]) for table in (forward, late))
         last = 2.0 * tokens * model.hidden_size * (1 + model.num_nextn_predict_layers)
         forward_S[-1] += 2 * last  # the head's input, and its gradient until the backward
         late_S[-1] += last
-        return forward_S, late_S
+        return StageBytes(forward_S, late_S, np.zeros((4, len(split))))
 
     def activations(self, layout: Layout, global_batch_size: int) -> np.ndarray:
-        """[pipeline rank]: the most bytes of activations held at once."""
+        """[pipeline rank, 2]: the most bytes of activations held between actions, and within them."""
         M = layout.num_microbatches(global_batch_size)
         if layout.schedule != "gpipe":
             M = min(M, STEADY * layout.pp + M % 2)
-        key = ("activations", layout.schedule, layout.pp, M, layout.precision, layout.recompute, layout.microbatch_size)
+        key = (
+            "activations", layout.schedule, layout.pp, M, layout.precision, layout.recompute, layout.microbatch_size,
+            *((layout.ep, layout.dispatcher) if self.step.cluster.measured else ()),
+        )  # fmt: skip
         cache = self.step.cache
         if key not in cache:
             schedule = schedule_of(layout.schedule, layout.pp, M)
-            cache[key] = np.array([curve.max() for curve in curves(schedule, *self.stage_bytes(layout))])
+            size = self.stage_bytes(layout)
+            held = curves(schedule, size.forward_S, size.late_S)
+            between = self._between(layout, schedule)
+            cache[key] = np.array(list(map(_peaks, held, rises(schedule, size.rise_OS), between)))
         return cache[key]
+
+    def _between(self, layout: Layout, schedule: Schedule) -> list[np.ndarray | float]:
+        """Bytes of what is under way between stages, in every action of each rank; 0 where no layer was measured."""
+        row = self.step.measured(layout)
+        if row is None or layout.pp == 1 or not row["bytes"].get("border"):
+            return [0.0] * layout.pp
+        border, ahead, window = (row["bytes"][name] for name in ("border", "ahead", "window"))
+        return [border * in_flight(schedule, rank, ahead, window) for rank in range(layout.pp)]
 
     def states(self, layout: Layout) -> list[StateBytes]:
         """Of every pipeline rank: what stays."""
@@ -162,8 +182,12 @@ class MemoryModel:
 
     def rank(self, layout: Layout, global_batch_size: int, pp_rank: int) -> RankMemory:
         """Of one pipeline rank."""
-        states, held = self.states(layout)[pp_rank], float(self.activations(layout, global_batch_size)[pp_rank])
-        buffers, workspace = self._buffers(layout), self._workspace(layout)
+        states = self.states(layout)[pp_rank]
+        held, most = map(float, self.activations(layout, global_batch_size)[pp_rank])
+        if self.step.measured(layout):
+            buffers, workspace = 0.0, most - held
+        else:
+            buffers, workspace = self._buffers(layout), self._workspace(layout)
         known = states.total + held + buffers + workspace
         context = CONTEXT if self.step.cluster.node_gbs > 1 else 0.0
         return RankMemory(
@@ -173,7 +197,7 @@ class MemoryModel:
 
     def fullest_rank(self, layout: Layout, global_batch_size: int) -> int:
         """The pipeline rank that holds most; all else is the same on every rank."""
-        held = self.activations(layout, global_batch_size).tolist()
+        held = self.activations(layout, global_batch_size)[:, 1].tolist()
         totals = [states.total + one for states, one in zip(self.states(layout), held, strict=True)]
         return totals.index(max(totals))
 
@@ -189,7 +213,8 @@ class MemoryModel:
         sizes = np.diff(slot_S1)[slots]
         is_forward = actions_A3[rows, 1] == Op.F
         seconds = np.where(is_forward, np.repeat(start_S[slots], sizes), np.repeat(end_S[slots], sizes))
-        held = list(curves(schedule, *self.stage_bytes(layout)))[pp_rank]
+        forward_S, late_S, _ = self.stage_bytes(layout)
+        held = list(curves(schedule, forward_S, late_S))[pp_rank]
         order = np.argsort(seconds, kind="stable")
         return seconds[order], np.cumsum(np.diff(held, prepend=0.0)[order])
 
@@ -221,6 +246,19 @@ def curves(schedule: Schedule, forward_S: np.ndarray, late_S: np.ndarray) -> Ite
     delta_A = delta[op_A, stage_A]
     for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
         yield np.cumsum(delta_A[first:end])
+
+
+def rises(schedule: Schedule, rise_OS: np.ndarray) -> Iterator[np.ndarray]:
+    """How far live bytes climb within every action of each rank's program. rise_OS: [op, stage]."""
+    rank_R1, slot_S1, actions_A3 = schedule.columns
+    rise_A = rise_OS[actions_A3[:, 1], actions_A3[:, 0]]
+    for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
+        yield rise_A[first:end]
+
+
+def _peaks(held: np.ndarray, rise: np.ndarray, between: np.ndarray | float) -> tuple[float, float]:
+    before = np.concatenate(([0.0], held[:-1]))
+    return held.max(), float((np.maximum(held, before + rise) + between).max())
 
 
 def smallest_change(memory: MemoryModel, layout: Layout, global_batch_size: int) -> tuple[Layout, RankMemory] | None:

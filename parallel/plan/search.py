@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from parallel.plan.layout import Layout, illegal, layouts
@@ -139,12 +140,16 @@ class Planner:
     def _nearest_fitting(self, legal: Sequence[Layout]) -> str:
         fullest = [(self.memory.fullest(layout, self.global_batch_size).total, k) for k, layout in enumerate(legal)]
         total, k = min(fullest)
-        cluster = self.step.cluster
-        return (
-            f"none of {len(legal)} layouts fits {cluster.memory_gb:g} GB on {legal[k].world} ranks: the smallest needs "
-            f"{total / 1e9:.1f} GB ({' '.join(legal[k].words())}); use devices of at least {total / 1e9:.0f} GB, more "
-            "ranks (cluster.num_ranks), or a smaller model"
+        cluster, smallest = self.step.cluster, legal[k]
+        why = (
+            f"none of {len(legal)} layouts fits {cluster.memory_gb:g} GB on {smallest.world} ranks: the smallest needs "
+            f"{total / 1e9:.1f} GB ({' '.join(smallest.words())}); "
         )
+        if found := smallest_change(self.memory, smallest, self.global_batch_size):
+            changes = (f"{_word(name)}={_show(new)}" for name, (_, new) in smallest.differs(found[0]).items())
+            return why + f"{' '.join(changes)} would make it {found[1].total / 1e9:.1f}"
+        needed = str(ceil(total / 1e9)) if total > 1e9 else f"{total / 1e9:.2g}"
+        return why + f"use devices of at least {needed} GB, more ranks (cluster.num_ranks), or a smaller model"
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:

@@ -22,9 +22,10 @@ from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.dualpipe import phase_counts
 from parallel.pipeline.replay import replay
 from parallel.pipeline.split import split_layers
-from parallel.plan.cost import Kernels, LayerTimes, pair_time
+from parallel.plan.cost import Kernels, LayerTimes, Times, pair_time
 from parallel.plan.counts import Group, rank_groups
 from parallel.plan.layout import Layout, schedule_of
+from parallel.plan.measured import row_for
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class StepModel:
     """Times of the steps of one model on one cluster; what layouts share is computed once.
 
     moments: dtype of the optimizer's moments. imbalance: a factor on everything that computes or travels, 1 unless it
-    is fitted, and then a plan says so.
+    is fitted, and then a plan says so. expert_load: [layers, experts], rows of each expert as a run counted them; None:
+    the cluster's `expert_imbalance`. slower, travels: factors on computing, and on journeys that were measured.
+    even_stages: as if all stages took the mean time.
     """
 
     model: ModelConfig
@@ -70,15 +73,57 @@ class StepModel:
     sequence_length: int = 4096
     moments: str = "bf16"
     imbalance: float = 1.0
+    expert_load: np.ndarray | None = None
+    slower: float = 1.0
+    travels: float = 1.0
+    even_stages: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # by what an answer depends on
 
     def layers(self, layout: Layout) -> tuple[Kernels, LayerTimes, LayerTimes]:
         """The kernels of a layout, a layer with experts, and a dense one; they do not depend on pp."""
         key = (layout.ep, layout.dispatcher, layout.microbatch_size, layout.precision, layout.recompute, layout.world)
         if key not in self.cache:
-            kernels = Kernels(self.model, self.cluster, layout, self.sequence_length)
-            self.cache[key] = kernels, kernels.layer(True), kernels.layer(False)
+            load, row = 1 + self.load_excess(layout.ep), self.measured(layout)
+            kernels = Kernels(self.model, self.cluster, layout, self.sequence_length, load)
+            moe, dense = (self._layer(kernels, row["seconds"] if row else {}, is_moe) for is_moe in (True, False))
+            self.cache[key] = kernels, moe, dense
         return self.cache[key]
+
+    def _layer(self, kernels: Kernels, measured: dict[str, Any], is_moe: bool) -> LayerTimes:
+        """From kernels, or as measured: evenly loaded, so that the load comes on top."""
+        if not measured:
+            return kernels.layer(is_moe).scaled(self.slower)
+        part = measured.get("moe" if is_moe else "dense")
+        if part is None:  # the model has no such layer
+            return LayerTimes((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+        journeys = {name: seconds for name, seconds in part.items() if name not in "fiw"}
+        load = kernels.load if is_moe else 1.0
+        f, i, w = ((attend, load * experts) for attend, experts in (part[name] for name in "fiw"))
+        there = {name: self.travels * load * seconds for name, seconds in journeys.items()}
+        return LayerTimes(f, i, w, **(kernels.journeys() if is_moe else {}) | there).scaled(self.slower)
+
+    def load_excess(self, ep: int) -> float:
+        """How far the most loaded of `ep` ranks stands above the mean, as a share."""
+        if ep == 1 or self.expert_load is None:
+            return self.cluster.expert_imbalance * (ep > 1)
+        load_LP = self.expert_load.reshape(len(self.expert_load), ep, -1).sum(2)
+        return float((load_LP.max(1) / load_LP.mean(1)).mean() - 1)
+
+    def measured(self, layout: Layout) -> dict[str, Any] | None:
+        """What the cluster measured of this very layer; None where kernels have to be added up."""
+        return row_for(self.model, self.cluster, layout, self.sequence_length)
+
+    def ends(self, layout: Layout) -> tuple[Times, Times]:
+        """(F, I, W) of what the first and the last stage do besides their layers."""
+        kernels, _, _ = self.layers(layout)
+        if row := self.measured(layout):
+            first, last = row["seconds"]["first"], row["seconds"]["last"]
+        else:
+            depths, head, join = self.model.num_nextn_predict_layers, kernels.head(), kernels.join()
+            first = kernels.embedding(), 0.0, kernels.embedding()
+            last = [(1 + depths) * of_head + depths * of_join for of_head, of_join in zip(head, join, strict=True)]
+        (a, b, c), (d, e, f) = ([self.slower * seconds for seconds in end] for end in (first, last))
+        return (a, b, c), (d, e, f)
 
     def stages(self, layout: Layout) -> StageTimes:
         overlap = layout.overlap and layout.schedule.startswith("dualpipe")
@@ -100,10 +145,10 @@ class StepModel:
             num_moe_S * getattr(moe, name) + num_dense_S * getattr(dense, name)
             for name in ("forward", "input_grad", "weight_grad")
         )
-        depths = self.model.num_nextn_predict_layers
-        f[0], w[0] = f[0] + kernels.embedding(), w[0] + kernels.embedding()
-        for times, head, join in zip((f, i, w), kernels.head(), kernels.join(), strict=True):
-            times[-1] += (1 + depths) * head + depths * join
+        for times, first, last in zip((f, i, w), *self.ends(layout), strict=True):
+            times[0], times[-1] = times[0] + first, times[-1] + last
+        if self.even_stages:
+            f, i, w, num_moe_S = (np.full(len(split), counted.mean()) for counted in (f, i, w, num_moe_S))
         single = np.stack((f, i + w, i, w))
         pair = np.stack((f[:, None] + single[1], f[:, None] + single[2]))
         if overlap and moe.dispatch:  # as many layers with experts as both stages have overlap; the rest runs alone
@@ -118,11 +163,32 @@ class StepModel:
         return StageTimes(single, pair, send, mean_f, mean_i, mean_w, float(pair[0].mean()), uneven)
 
     def uncovered(self, layout: Layout) -> list[str]:
-        """Shapes of matrix products of this layout that no measured rate is near."""
-        cluster = replace(self.cluster)  # which has answered nothing yet
-        kernels = Kernels(self.model, cluster, layout, self.sequence_length)
-        kernels.layer(True), kernels.layer(False), kernels.head(), kernels.join()
-        return cluster.uncovered()
+        """Shapes of this layout that no measured rate is near; none where its layers were measured whole."""
+        if self.measured(layout):
+            return []
+        found = shapes_asked(self.model, self.cluster, layout, self.sequence_length).uncovered()
+        at = self.cluster.rates.attention_length
+        if at and not at / 4 <= self.sequence_length <= 4 * at:
+            found.append(f"attention over {self.sequence_length} tokens (measured over {at})")
+        return found
+
+    def doubts(self, layout: Layout) -> list[str]:
+        """What the times of this layout rest on without its having been measured, a line each."""
+        cluster, found = self.cluster, []
+        if not self.measured(layout):
+            if cluster.measured:
+                found.append("no layers of this shape were measured whole: its kernels are added up")
+            if cluster.rates.device not in cluster.device:
+                where = cluster.rates.device
+                found.append(f"kernel rates were measured on {where} and are scaled to {cluster.device} by its peaks")
+            if shapes := self.uncovered(layout):
+                found.append(f"shapes outside the measured tables: {', '.join(shapes)}")
+        for what in cluster.calibrated.get("not_measured", []):
+            if layout.world > (1 if what == "messages between ranks" else cluster.ranks_per_node):
+                found.append(f"{what} were not measured")
+        if self.imbalance != 1:
+            found.append(f"imbalance={self.imbalance:g} is fitted, not predicted")
+        return found
 
     def split(self, num_stages: int) -> list[list[int]]:
         """The layers of each stage, as a run lays them."""
@@ -131,12 +197,16 @@ class StepModel:
             self.cache[key] = split_layers(self.model, num_stages)
         return self.cache[key]
 
-    def replayed(self, layout: Layout, global_batch_size: int) -> tuple[Schedule, np.ndarray, np.ndarray]:
-        """The very schedule, and when each of its slots starts and ends: exact, given the times of the stages. Results
-        leave when slots end."""
+    def replayed(
+        self, layout: Layout, global_batch_size: int, factor_S: np.ndarray | None = None
+    ) -> tuple[Schedule, np.ndarray, np.ndarray]:
+        """The very schedule, and when each of its slots starts and ends: exact, given the times of the stages (and
+        what disturbs each slot). Results leave when slots end."""
         schedule = schedule_of(layout.schedule, layout.pp, layout.num_microbatches(global_batch_size))
         times = self.stages(layout)
         duration_S = slot_seconds(schedule, times)
+        if factor_S is not None:
+            duration_S = duration_S * factor_S
         sizes = np.diff(schedule.columns.slot_S1)
         start_S, *_ = replay(schedule, duration_S, np.repeat(duration_S, sizes), times.send)
         return schedule, start_S, start_S + duration_S
@@ -192,7 +262,7 @@ class StepModel:
                 sum(g.num_params / (g.copies if layout.zero_stage else 1) for g in groups)
                 for groups in self.groups(layout)
             )
-            self.cache[key] = reduce, self.cluster.stream(each * update)
+            self.cache[key] = reduce, self.cluster.update(each * update)
         return self.cache[key]
 
     def _collective(self, group: Group, zero_stage: int) -> float:
@@ -201,9 +271,17 @@ class StepModel:
         Reduce-scatter inside each node, then between nodes on the part that is left; gathering goes the other way.
         """
         inside, outside = group.inside, group.outside
-        per_byte = (inside - 1) / inside / (1e9 * self.cluster.node_gbs)
+        per_byte = (inside - 1) / inside / (1e9 * (self.cluster.reduce_gbs or self.cluster.node_gbs))
         per_byte += (outside - 1) / outside / inside / (1e9 * self.cluster.network_gbs)
         return group.num_params * (4 + (2 if zero_stage else 4)) * per_byte
+
+
+def shapes_asked(model: ModelConfig, cluster: ClusterConfig, layout: Layout, sequence_length: int) -> ClusterConfig:
+    """A copy of the cluster that has been asked for every product of this layout, and for nothing else."""
+    cluster = replace(cluster)
+    kernels = Kernels(model, cluster, layout, sequence_length)
+    kernels.layer(True), kernels.layer(False), kernels.head(), kernels.join()
+    return cluster
 
 
 def slot_seconds(schedule: Schedule, times: StageTimes) -> np.ndarray:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import register
 from launch import plan as cli
+from launch.plan_report import sparkline
 
 Run = Callable[..., tuple[str, str]]
 SMALL = ("model=debug", "cluster=laptop", "train.global_batch_size=16", "data.sequence_length=256", "train.tokens=1e8")
@@ -88,8 +89,8 @@ def test_wrong_input_ends_in_one_line(run: Run, words: tuple[str, ...], line: st
 
 def test_a_sparkline_shows_the_most_of_each_part() -> None:
     seconds = np.arange(8.0)
-    assert cli.sparkline(seconds, np.array([0, 1, 2, 3, 4, 5, 6, 7.0]), width=7) == "▂▃▄▅▆▇█"
-    assert cli.sparkline(seconds, np.array([7, 0, 0, 0, 0, 0, 0, 0.0]), width=7)[0] == "█"
+    assert sparkline(seconds, np.array([0, 1, 2, 3, 4, 5, 6, 7.0]), width=7) == "▂▃▄▅▆▇█"
+    assert sparkline(seconds, np.array([7, 0, 0, 0, 0, 0, 0, 0.0]), width=7)[0] == "█"
 
 
 def test_the_planner_imports_no_torch() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch import simulate as cli
-from launch.simulate import costs_of
+from launch.costs import costs_of
 from parallel.pipeline.actions import Action
 from parallel.pipeline.passes import from_csv
 from parallel.pipeline.schedules import SCHEDULES

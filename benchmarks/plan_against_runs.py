@@ -1,0 +1,353 @@
+"""What the planner predicts beside what ranks of ours do: step times, and bytes of live tensors.
+
+    torchrun --nproc-per-node=2 launch/calibrate.py layers=true microbatch_sizes=[2] out=cluster/mine.yaml
+    python benchmarks/plan_against_runs.py real memory --cluster cluster/mine.yaml
+    sudo .venv/bin/python benchmarks/plan_against_runs.py sleeping
+    python benchmarks/plan_against_runs.py report
+
+real:      every legal layout of two ranks, the debug model in BF16 with even routing, a core a rank: the step of the
+           training loop beside the planner's, from layers that launch/calibrate.py measured on one pipeline rank.
+memory:    20 random layouts of up to 8 ranks, the same model: the fullest rank's bytes of live tensors in a step (and
+           its parameters, gradients and optimizer states) beside the planner's.
+sleeping:  20 random layouts of up to 8 ranks on an emulated cluster with a network card a rank: layers that sleep for
+           given times, so that few cores can play many, and rows that really travel. The planner knows the sleeps, and
+           the rate of the links.
+
+Every case is written to --out as soon as it is done, and is not run again: stop and start at will, or let
+`--seconds` stop it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from conf.schema import Config, OptimConfig, TrainConfig
+from infra.allocator import keep_freed_memory
+from infra.data import DataConfig
+from infra.distributed import World
+from infra.hardware import ClusterConfig
+from infra.live_bytes import LiveBytes
+from infra.lr import LRConfig
+from infra.precision import PrecisionConfig
+from infra.prepare import PrepareConfig, prepare
+from launch.measure_layers import lane_counted, measure_layer
+from launch.trainer import Trainer
+from launch.validate import config_of
+from measuring.cluster import from_rank, on_cluster
+from measuring.ratios import setting
+from measuring.sleeping_layers import TOKENS
+from measuring.sleeping_step import rate_for, sleeping_cluster, sleeping_model, sleeping_steps
+from parallel.config import ParallelConfig
+from parallel.plan.layout import Layout, layouts
+from parallel.plan.memory import MemoryModel
+from parallel.plan.step import StepModel
+from tests.ranks import run_ranks
+
+LENGTH, MICROBATCH, BATCH = 256, 2, 16
+RANDOM = 20  # layouts
+LAUNCHED = 5  # of them in one launch of the emulated cluster
+STEPS, TURNS, WARM_UPS = 2, 2, 3
+WANTED = {"real": 10.0, "memory": 3.0, "sleeping": 10.0}  # per cent
+MODEL = config_of("model=debug").model
+
+
+def training(layout: Layout, data: Path, batch: int) -> Config:
+    """The run that a layout asks for."""
+    parallel = ParallelConfig(
+        layout.pp, layout.ep, layout.ranks_per_node, layout.schedule, layout.dispatcher, force_balance=True,
+        overlap=layout.overlap, recompute=layout.recompute, zero_stage=layout.zero_stage,
+    )  # fmt: skip
+    return Config(
+        model=MODEL,
+        parallel=parallel,
+        precision=PrecisionConfig(layout.precision),
+        data=DataConfig(path=str(data), sequence_length=LENGTH),
+        train=TrainConfig(steps=100, global_batch_size=batch, microbatch_size=layout.microbatch_size, eval_samples=0),
+        optim=OptimConfig(lr=LRConfig(warmup_steps=2)),
+    )
+
+
+def in_turn(rank: int, size: int, config: Config, layout: Layout) -> tuple[list[float], list[dict[str, Any]]]:
+    """(seconds of steps, rows of layers): steps, then layers, and again, so that what slows the machine slows both."""
+    keep_freed_memory()  # as whatever starts a run does
+    world = World(rank, size, torch.device("cpu"))
+    trainer = Trainer(config, world)
+    alone = replace(layout, pp=1)
+    for _ in range(WARM_UPS):
+        trainer.train_step()
+    seconds, rows = [], []
+    for _ in range(TURNS):
+        seconds += [trainer.train_step()[0]["step_time"] for _ in range(STEPS)]
+        rows.append(measure_layer(MODEL, alone, LENGTH, world, turns=4))
+    return seconds, rows
+
+
+def mean(rows: list[Any]) -> Any:
+    """Of dicts, lists and numbers alike; what is none of these is taken from the first."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {name: mean([row[name] for row in rows]) for name in first}
+    if isinstance(first, list):
+        return [mean(list(parts)) for parts in zip(*rows, strict=True)]
+    return statistics.fmean(rows) if isinstance(first, float) else first
+
+
+def held_bytes(rank: int, size: int, config: Config) -> tuple[int, int]:
+    """(parameters, gradients and optimizer states; live tensors at the fullest moment of a step, with those)"""
+    trainer = Trainer(config, World(rank, size, torch.device("cpu")))
+    trainer.train_step()
+    live, buckets = LiveBytes(), trainer.replica.buckets
+    with lane_counted(live), live.counting():
+        trainer.train_step()
+    kept = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
+    kept += [tensor for bucket in buckets for tensor in (bucket.weight, bucket.master, bucket.grad)]
+    states = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+    return states, states + live.peak
+
+
+def two_ranks(cluster: ClusterConfig) -> Iterator[Layout]:
+    two = replace(cluster, num_ranks=2, ranks_per_node=2)
+    told = {"precision": "bf16", "zero_stage": 0, "microbatch_size": MICROBATCH}
+    yield from layouts(MODEL, two, 2, BATCH, told)
+
+
+def random_layouts(cluster: ClusterConfig) -> list[tuple[Layout, int]]:
+    """(layout, batch) of up to 8 ranks, drawn from all legal ones of each size."""
+    draw, found = random.Random(2), []
+    for world in [2, 4, 8] * RANDOM:
+        one = replace(cluster, num_ranks=world, ranks_per_node=world)
+        batch = MICROBATCH * world * draw.choice((2, 4))
+        told = {"precision": "bf16", "microbatch_size": MICROBATCH}
+        candidates = list(layouts(MODEL, one, world, batch, told))
+        if candidates:
+            found.append((draw.choice(candidates), batch))
+    return found[:RANDOM]
+
+
+def name_of(layout: Layout, batch: int) -> str:
+    overlap = " overlap" if layout.overlap else ""
+    return (
+        f"{layout.world} ranks pp{layout.pp} ep{layout.ep} {layout.schedule} {layout.dispatcher}{overlap} "
+        f"{layout.recompute} zero{layout.zero_stage} batch {batch}"
+    )
+
+
+class Cases:
+    """Results by part and name, kept in a file."""
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.ends = path, time.monotonic() + seconds
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else setting()
+
+    def done(self, part: str) -> dict[str, Any]:
+        """Results of a part by name."""
+        return self.found.setdefault(part, {})
+
+    def run(self, part: str, cases: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> None:
+        done = self.done(part)
+        for name, case in cases:
+            if name in done:
+                continue
+            if time.monotonic() > self.ends:
+                print(f"{part}: {len(done)} done; start again for the rest")
+                return
+            done[name] = case()
+            print(f"{part} {len(done)} {name}: {done[name]['measured']:.4g}, {done[name]['predicted']:.4g}", flush=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.found, indent=1))
+            partial.replace(self.path)
+
+
+def real(cluster: ClusterConfig, data: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+
+    def case(layout: Layout) -> dict[str, Any]:
+        ranks = run_ranks(2, in_turn, training(layout, data, BATCH), layout)
+        row = mean(ranks[0][1])
+        two = replace(cluster, num_ranks=2, ranks_per_node=2, measured=[row])
+        predicted = StepModel(MODEL, two, LENGTH, "fp32").simulate(layout, BATCH)
+        seconds = [max(turn) for turn in zip(*(steps for steps, _ in ranks), strict=True)]
+        return {
+            "measured": statistics.median(seconds), "predicted": predicted.total, "seconds": seconds,
+            "terms": asdict(predicted),
+        }  # fmt: skip
+
+    return [(name_of(layout, BATCH), lambda layout=layout: case(layout)) for layout in two_ranks(cluster)]
+
+
+def memory(cluster: ClusterConfig, data: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    rows: dict[str, dict[str, Any]] = {}
+
+    def layer(rank: int, size: int, layout: Layout) -> dict[str, Any]:
+        return measure_layer(MODEL, layout, LENGTH, World(rank, size, torch.device("cpu")), turns=1)
+
+    def case(layout: Layout, batch: int) -> dict[str, Any]:
+        alone = replace(layout, world=layout.ep, ranks_per_node=layout.ep, pp=1)
+        row = rows.setdefault(f"{layout.ep} {layout.dispatcher} {layout.recompute}", {})
+        row |= run_ranks(layout.ep, layer, alone)[0] if not row else {}
+        one = replace(cluster, num_ranks=layout.world, ranks_per_node=layout.world, measured=[row])
+        model = MemoryModel(StepModel(MODEL, one, LENGTH, "fp32"), ema=False)
+        ranks = run_ranks(layout.world, held_bytes, training(layout, data, batch))
+        fullest = max(range(layout.world), key=lambda rank: ranks[rank][1])
+        planned = [model.rank(layout, batch, r) for r in range(layout.pp)]
+        states = [one.weights + one.gradients + one.optimizer for one in planned]
+        totals = [one.total - one.margin for one in planned]
+        return {
+            "measured": ranks[fullest][1] / 1e6, "predicted": max(totals) / 1e6,
+            "of_states": ranks[fullest][0] / 1e6,
+            "states_equal": all(ranks[r][0] == states[layout.mesh.coordinates(r).pp] for r in range(layout.world)),
+            "activations_measured": (ranks[fullest][1] - ranks[fullest][0]) / 1e6,
+            "activations_predicted": max(totals) / 1e6 - states[totals.index(max(totals))] / 1e6,
+        }  # fmt: skip
+
+    return [
+        (name_of(layout, batch), lambda layout=layout, batch=batch: case(layout, batch))
+        for layout, batch in random_layouts(cluster)
+    ]
+
+
+def sleeping(steps: dict[str, list[float]]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """steps: seconds that were measured already, by name; a launch of the emulated cluster measures a few layouts."""
+    draw, drawn = random.Random(3), dict[tuple[int, float], dict[str, tuple[Layout, int]]]()
+    while sum(map(len, drawn.values())) < RANDOM:
+        world, pp, share = draw.choice(((2, 1, 0.6), (2, 2, 0.6), *((4, p, 0.4) for p in (1, 2, 4)),
+                                        *((8, p, 0.25) for p in (1, 2, 4, 8))))  # fmt: skip
+        batch = draw.choice((2, 3)) * pp * (world // pp)
+        told = {"precision": "fp32", "zero_stage": 0, "microbatch_size": 1, "recompute": "none", "pp": pp}
+        cluster = ClusterConfig(num_ranks=world, ranks_per_node=1)
+        if candidates := list(layouts(sleeping_model(2 * pp), cluster, world, batch, told)):
+            layout = draw.choice(candidates)
+            drawn.setdefault((world, share), {})[f"{name_of(layout, batch)} all-to-all {share:.0%}"] = layout, batch
+    for (_, share), cases in drawn.items():
+        names = list(cases)
+        for k, name in enumerate(names):
+            first = k - k % LAUNCHED
+            together = {one: cases[one] for one in names[first : first + LAUNCHED]}
+            yield name, partial(sleeping_case, name, share, together, steps)
+
+
+def sleeping_case(
+    name: str, share: float, together: dict[str, tuple[Layout, int]], steps: dict[str, list[float]]
+) -> dict[str, Any]:
+    layout, batch = together[name]
+    rate, model = rate_for(share), sleeping_model(2 * layout.pp)
+    if name not in steps:
+        words = json.dumps([(asdict(one), size) for one, size in together.values()])
+        steps |= dict(zip(together, on_cluster(__file__, layout.world, 1, rate, [words]), strict=True))
+    step = StepModel(model, sleeping_cluster(model, layout, rate), TOKENS).simulate(layout, batch)
+    predicted = step.total - step.reduce - step.update  # nothing is trained
+    return {"measured": statistics.median(steps[name]), "predicted": predicted, "seconds": steps[name]}
+
+
+def error(case: dict[str, Any]) -> float:
+    return 100 * (case["predicted"] / case["measured"] - 1)
+
+
+def report(found: dict[str, Any], console: Console, plot: Path | None) -> None:
+    for part, wanted in WANTED.items():
+        cases = found.get(part, {})
+        if not cases:
+            continue
+        unit = "MB" if part == "memory" else "s"
+        table = Table("layout", f"measured {unit}", f"predicted {unit}", "error %", title=part)
+        for name, case in cases.items():
+            table.add_row(name, f"{case['measured']:.3f}", f"{case['predicted']:.3f}", f"{error(case):+.1f}")
+        console.print(table)
+        errors = [abs(error(case)) for case in cases.values()]
+        console.print(
+            f"{part}: {len(errors)} layouts, error at the median {statistics.median(errors):.1f} %, at most "
+            f"{max(errors):.1f} % (wanted: {wanted:g} %)"
+        )
+        if part == "memory":
+            equal = sum(case["states_equal"] for case in cases.values())
+            console.print(f"memory: parameters, gradients and optimizer states equal byte for byte in {equal} of them")
+    if plot is not None:
+        draw_plot(found, plot)
+
+
+def draw_plot(found: dict[str, Any], path: Path) -> None:
+    """Measured over predicted, a panel a part; on the diagonal the two agree."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = [part for part in WANTED if found.get(part)]
+    figure, axes = pyplot.subplots(1, len(parts), figsize=(4.2 * len(parts), 4), squeeze=False)
+    for axis, part in zip(axes[0], parts, strict=True):
+        points = [(case["predicted"], case["measured"]) for case in found[part].values()]
+        most = 1.05 * max(max(point) for point in points)
+        axis.plot([0, most], [0, most], color="0.7", linewidth=1)
+        axis.fill_between([0, most], [0, 0.9 * most], [0, 1.1 * most], color="0.93", label="within 10 %")
+        axis.scatter(*zip(*points, strict=True), s=16, alpha=0.8)
+        unit = "MB" if part == "memory" else "s"
+        axis.set(xlim=(0, most), ylim=(0, most), xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}", title=part)
+    axes[0][0].legend(loc="upper left", frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def read_cluster(path: Path) -> ClusterConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path))
+    cluster = OmegaConf.to_object(merged)
+    assert isinstance(cluster, ClusterConfig)
+    return cluster
+
+
+def small_data(folder: Path) -> Path:
+    """Documents enough for a few steps."""
+    source = folder / "source"
+    source.mkdir()
+    for i in range(200):
+        (source / f"{i}.txt").write_text(f"document {i}: " + " ".join(str(i * k % 9973) for k in range(400)))
+    prepare(PrepareConfig(source=str(source / "*.txt"), out=str(folder / "data"), held_out=0.1, workers=1), quiet=True)
+    return folder / "data"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(WANTED)}, report; all where none is named")
+    parser.add_argument("--cluster", type=Path, default=Path("cluster/mine.yaml"), help="of launch/calibrate.py")
+    parser.add_argument("--out", type=Path, default=Path("plan_against_runs.json"))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case starts later than this")
+    parser.add_argument("--rank", nargs=1, help=argparse.SUPPRESS)  # how this script starts itself on the ranks
+    options = parser.parse_args()
+    options.parts = options.parts or [*WANTED, "report"]
+    if unknown := set(options.parts) - {*WANTED, "report"}:
+        parser.error(f"{', '.join(unknown)}: expected some of {', '.join(WANTED)}, report")
+    torch.set_num_threads(1)
+    if options.rank:
+        from_rank(
+            sleeping_steps([(Layout(**words), batch) for words, batch in json.loads(options.rank[0])]), options.out
+        )
+        return
+    cases = Cases(options.out, options.seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        if {"real", "memory"} & set(options.parts):
+            data, cluster = small_data(Path(folder)), read_cluster(options.cluster)
+            for part, make in (("real", real), ("memory", memory)):
+                if part in options.parts:
+                    cases.run(part, make(cluster, data))
+    if "sleeping" in options.parts:
+        cases.run("sleeping", sleeping(cases.done("seconds of sleeping steps")))
+    if "report" in options.parts:
+        report(cases.found, Console(width=140), options.plot)
+
+
+if __name__ == "__main__":
+    main()

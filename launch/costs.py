@@ -1,0 +1,101 @@
+"""Where the simulator's costs come from: options and files, a run that was measured, or a cluster and a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.hardware import ClusterConfig
+from model.config import ModelConfig
+from parallel.config import check_choice
+from parallel.pipeline.actions import Op, Schedule
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.pipeline.simulate import Costs
+from parallel.plan.layout import OVERLAPPING, Layout, illegal
+from parallel.plan.step import StepModel
+
+LAYOUT_WORDS = [one.name for one in fields(Layout) if one.name not in ("pp", "schedule")]
+
+
+def costs_of(options: dict[str, Any], overrides: list[str]) -> Costs:
+    """`Costs` from the options: what `costs.file` says holds, but for what the command line (`overrides`) names."""
+    options = dict(options)
+    path = options.pop("file")
+    if path is not None:
+        try:
+            found = yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise ValueError(f"costs.file={path}: neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"costs.file={path}: must hold names and values, as in 'f: 1.5'")
+        for name in found:
+            check_choice(f"costs.file={path}: option", name, [one.name for one in fields(Costs)])
+        given = {override.lstrip("+").partition("=")[0].removeprefix("costs.") for override in overrides}
+        options.update({name: value for name, value in found.items() if name not in given})
+    slow = options.pop("slow") or {}
+    if not isinstance(slow, dict) or not all(str(rank).isdecimal() for rank in slow):
+        raise ValueError(f"costs.slow={slow}: expected a factor for each slow rank, as in {{3: 1.07}}")
+    return Costs(**options, slow={int(rank): factor for rank, factor in slow.items()})
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # a spreadsheet writes a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+
+
+def named(given: Costs, overrides: list[str]) -> dict[str, Any]:
+    """The costs that the command line names; they hold whatever was measured."""
+    names = {override.removeprefix("costs.").partition("=")[0] for override in overrides if "costs." in override}
+    return {name: getattr(given, name) for name in names - {"file"}}
+
+
+def measured_costs(
+    run: str, make: Callable[[Costs], Schedule], pp: int, given: Costs, overrides: list[str]
+) -> tuple[Costs, Schedule]:
+    """The schedule that `make` makes over `pp` ranks, under what the run measured (ms), but for what is named."""
+    from launch.trace import read_costs  # which imports torch, as does the next
+    from parallel.pipeline.measure import per_rank, rescaled
+
+    costs, num_ranks = read_costs(Path(run))
+    told = named(given, overrides)
+    schedule = make(replace(per_rank(costs, num_ranks, pp), **told))
+    return replace(rescaled(costs, num_ranks, schedule), **told), schedule
+
+
+def measured_shape(run: str) -> dict[str, Any]:
+    """{schedule, pp, num_microbatches} of the step that a run measured; only what `simulate` can ask for."""
+    found = json.loads((Path(run) / "trace" / "measured.json").read_text(encoding="utf-8"))
+    shape = {name: found[name] for name in ("schedule", "pp", "num_microbatches")}
+    return shape if shape["schedule"] in SCHEDULES else {name: shape[name] for name in ("pp", "num_microbatches")}
+
+
+def planned_costs(
+    model: ModelConfig, cluster: ClusterConfig, schedule: Schedule, layout: dict[str, Any], sequence_length: int
+) -> tuple[Costs, list[str]]:
+    """(seconds by stage as the planner has them, what they rest on) of a schedule by its name. layout: other words of
+    `parallel.plan.layout.Layout`; all ranks of the cluster where it names no `world`."""
+    for name in layout:
+        check_choice("layout: word", name, LAYOUT_WORDS)
+    check_choice("parallel.schedule with cluster=", schedule.name, SCHEDULES)
+    world = int(layout.get("world", cluster.num_ranks))
+    words: dict[str, Any] = {"world": world, "ranks_per_node": min(cluster.ranks_per_node, world)} | layout
+    words.setdefault("dispatcher", "two_hop" if words.get("ep", 1) > 1 else "local")
+    chosen = Layout(pp=schedule.num_ranks, schedule=schedule.name, **words)
+    batch = schedule.num_microbatches * (world // schedule.num_ranks) * chosen.microbatch_size
+    if why := illegal(model, chosen, batch):
+        raise ValueError(why)
+    step = StepModel(model, cluster, sequence_length)
+    times = step.stages(chosen)
+    f, i, w = (times.single[op].tolist() for op in (Op.F, Op.I, Op.W))
+    fb = None
+    if chosen.overlap and schedule.name in OVERLAPPING:
+        alone = times.single[Op.F][:, None] + times.single[Op.B]
+        fb = float(times.pair[0].sum() / alone.sum()) * sum(f + i + w) / schedule.num_ranks
+    return Costs(f=f, i=i, w=w, fb=fb, p2p=times.send, optimizer=sum(step.optimizer(chosen))), step.doubts(chosen)

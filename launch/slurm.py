@@ -1,0 +1,217 @@
+"""Writes the sbatch file of a multi-node run, with the code and the config of this moment beside it; submits it.
+
+    python launch/slurm.py line='model=671b parallel.pp=16 ...' nodes=256 run.dir=/shared/runs/v3
+    python launch/slurm.py plan=plans/h100/plan.json run.dir=/shared/runs/a submit=true
+
+line: the overrides of launch/pretrain.py, as launch/plan.py prints them; or plan: its plan.json, of which `row` (1: the
+winner) is taken, with its number of ranks. In run.dir, which all nodes must see:
+
+    job.sbatch      srun starts a process a rank; run it again with sbatch: the run goes on where it was
+    code/           every file of this repository that git knows, as it is now, with what is not committed
+    config.line     the overrides, one a line; run.dir is added
+
+Every word goes into the batch file through shlex.quote. Python, nodes, account and partition are yours to
+name; what else sbatch takes goes into `sbatch={qos: high, ...}`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from conf.schema import register
+from launch.errors import one_line_errors
+from launch.files import save
+
+ROOT = Path(__file__).resolve().parents[1]
+_TEXT = ("line=", "plan=", "run.dir=", "name=", "time=", "python=")
+
+
+@dataclass
+class RunDir:
+    dir: str = "???"
+
+
+@dataclass
+class SlurmConfig:
+    """nodes: null takes as many as the plan's ranks fill. gpus: whether ranks have one each."""
+
+    line: str | None = None
+    plan: str | None = None
+    row: int = 1
+    run: RunDir = field(default_factory=RunDir)
+    nodes: int | None = None
+    ranks_per_node: int = 8
+    gpus: bool = True
+    cpus_per_rank: int = 8
+    name: str = "braid"
+    account: str | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
+    submit: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.line is None) == (self.plan is None):
+            raise ValueError("name one of line='model=... parallel.pp=...' and plan=DIR/plan.json")
+        for name in ("ranks_per_node", "cpus_per_rank", "row"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
+            raise ValueError(f"time={self.time}: write it as Slurm does, 24:00:00 or 7-00:00:00")
+        words = {"name": self.name, "account": self.account, "partition": self.partition}
+        words |= {f"sbatch.{name}": value for name, value in self.sbatch.items()}
+        for name, value in words.items():
+            if value is not None and not re.fullmatch(r"[\w.,:=@%+-]+", str(value)):
+                raise ValueError(f"{name}={value}: sbatch options are letters, digits and . , : = @ % + - _")
+        if not re.fullmatch(r"[\w/.+@-]+", self.run.dir):
+            only = "letters, digits and / . + @ - _ only"
+            raise ValueError(f"run.dir={self.run.dir!r}: sbatch and Hydra read it, so {only}")
+        for option in self.sbatch:
+            if not re.fullmatch(r"[a-z][a-z-]*", option):
+                raise ValueError(f"sbatch.{option}: no long option of sbatch, such as qos or mail-type")
+
+
+def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
+    """(overrides of launch/pretrain.py, ranks where a plan says so)"""
+    if config.line is not None:
+        return shlex.split(config.line), None
+    rows = json.loads(Path(str(config.plan)).read_text(encoding="utf-8"))["rows"]
+    if not 1 <= config.row <= len(rows):
+        raise ValueError(f"row={config.row}: {config.plan} has {len(rows)} rows")
+    row = rows[config.row - 1]
+    return shlex.split(row["line"]), int(row["ranks"])
+
+
+def checked_words(config: SlurmConfig, words: list[str]) -> list[str]:
+    """The words with run.dir. Raises what launch/pretrain.py would refuse, now rather than when the job starts."""
+    words = [word for word in words if not word.startswith("run.dir=")]
+    words.append(f"run.dir={Path(config.run.dir).resolve()}")
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        OmegaConf.to_object(compose("pretrain", words))
+    return words
+
+
+def snapshot_code(target: Path) -> int:
+    """Copies every file that git tracks or would track; returns how many. Raises ValueError outside a repository."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if listed.returncode:
+        raise ValueError(f"{ROOT} is no git repository: its code cannot be snapshotted")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    names = sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+    for name in names:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, partial / name)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    return len(names)
+
+
+def batch_file(config: SlurmConfig, nodes: int, words: list[str]) -> str:
+    """The text of job.sbatch."""
+    folder = Path(config.run.dir).resolve()
+    options: dict[str, Any] = {
+        "job-name": config.name,
+        "nodes": nodes,
+        "ntasks-per-node": config.ranks_per_node,
+        **({"gpus-per-node": config.ranks_per_node} if config.gpus else {}),
+        "cpus-per-task": config.cpus_per_rank,
+        "time": config.time,
+        "signal": "TERM@300",  # a run that is told to end saves its last whole step
+        "requeue": None,
+        **({"account": config.account} if config.account else {}),
+        **({"partition": config.partition} if config.partition else {}),
+        **config.sbatch,
+    }
+    head = "\n".join(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items())
+    command = " \\\n    ".join([shlex.quote("launch/pretrain.py"), *map(shlex.quote, words)])
+    return f"""#!/bin/bash
+# Written by launch/slurm.py. Submitted again, the run goes on from its newest checkpoint.
+{head}
+#SBATCH --output={folder / "slurm-%j.log"}
+
+set -euo pipefail
+cd {shlex.quote(str(folder / "code"))}
+export PYTHONPATH=$PWD
+export OMP_NUM_THREADS={1 if config.gpus else config.cpus_per_rank}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+exec srun --kill-on-bad-exit=1 {shlex.quote(config.python)} {command}
+"""
+
+
+def prepare(config: SlurmConfig) -> tuple[Path, int, int]:
+    """Writes everything; returns (the batch file, nodes, files of code)."""
+    words, ranks = chosen_line(config)
+    words = checked_words(config, words)
+    if config.nodes is None and ranks is None:
+        raise ValueError("nodes= is missing: a line does not say how many ranks it is for (a plan does)")
+    per_node = config.ranks_per_node
+    if config.nodes is None and (ranks or 0) % per_node:
+        raise ValueError(f"{ranks} ranks do not fill nodes of ranks_per_node={per_node}: name the machine's own")
+    nodes = config.nodes or (ranks or 0) // per_node
+    if ranks is not None and nodes * per_node != ranks:
+        have = f"nodes={nodes} of ranks_per_node={per_node} are {nodes * per_node} ranks"
+        raise ValueError(f"{have}, but the plan has {ranks}")
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        count = snapshot_code(folder / "code")
+        save(folder / "config.line", "\n".join(words) + "\n")
+        save(folder / "job.sbatch", batch_file(config, nodes, words))
+    except OSError as error:
+        raise ValueError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from None
+    return folder / "job.sbatch", nodes, count
+
+
+def submit(path: Path) -> str:
+    """Hands the file to sbatch; returns what it said. Raises ValueError in one line where it refuses."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch not found: submit on a login node of the cluster, or leave out submit=true")
+    done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {path}: {' '.join((done.stderr or done.stdout).split())}")
+    return done.stdout.strip()
+
+
+@one_line_errors()
+def main() -> None:
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word}: not of the form option=value (quote a line with spaces: 'line=...')")
+    merged = OmegaConf.merge(
+        OmegaConf.structured(SlurmConfig),
+        OmegaConf.from_dotlist([word for word in words if not word.startswith(_TEXT)]),
+    )
+    for name, _, value in (word.partition("=") for word in words if word.startswith(_TEXT)):
+        OmegaConf.update(merged, name, value)  # whatever signs it holds
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, SlurmConfig)
+    path, nodes, count = prepare(config)
+    print(f"{path}: {nodes} nodes of {config.ranks_per_node} ranks; {count} files of code in {path.parent / 'code'}")
+    print(submit(path) if config.submit else f"submit it with: sbatch {shlex.quote(str(path))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The batch file of a run: what it holds, that bash reads it, that sbatch gets it - and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+
+LINE = "model=debug parallel.pp=2 parallel.schedule=dualpipe train.steps=5"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs `slurm.py` with these words in an empty folder; returns (what it printed, what it refused)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["slurm.py", *words])
+        refused = ""
+        try:
+            slurm.main()
+        except SystemExit as stop:
+            refused = str(stop.code)
+        return capsys.readouterr().out, refused
+
+    return run
+
+
+def options_of(text: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
+    return dict(line.partition("=")[::2] for line in lines)
+
+
+def test_the_file_holds_the_line_and_bash_reads_it(run, tmp_path: Path) -> None:
+    words = ("ranks_per_node=4", "partition=gpu", "sbatch.qos=high", "time=7-00:00:00")
+    printed, refused = run(f"line={LINE} run.dir=elsewhere", "nodes=2", "run.dir=runs/a", *words)
+    assert refused == ""
+    assert "2 nodes of 4 ranks" in printed
+    path = tmp_path / "runs/a/job.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    options = options_of(path.read_text())
+    assert options["nodes"] == "2"
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "4"
+    assert (options["partition"], options["qos"], options["time"]) == ("gpu", "high", "7-00:00:00")
+    assert options["output"] == f"{tmp_path}/runs/a/slurm-%j.log"
+    lines = (tmp_path / "runs/a/config.line").read_text().split()
+    assert lines == [*LINE.split(), f"run.dir={tmp_path}/runs/a"]  # its own run.dir, not the line's
+
+
+def test_what_srun_would_start_is_the_line(run, tmp_path: Path) -> None:
+    """With a fake srun and scontrol, the file starts launch/pretrain.py of the snapshot with the very words."""
+    nasty = "data.path='a $(touch pwned); `id` * b'"
+    assert run(f'line={LINE} "{nasty}"', "nodes=1", "ranks_per_node=1", "run.dir=r", "gpus=false")[1] == ""
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$MASTER_ADDR" "$MASTER_PORT" "$@"\n')
+    (fake / "scontrol").write_text("#!/bin/bash\necho first\necho second\n")
+    for name in ("srun", "scontrol"):
+        (fake / name).chmod(0o755)
+    env = {"PATH": f"{fake}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
+    done = subprocess.run(["bash", "r/job.sbatch"], env=env, capture_output=True, text=True, check=True)
+    place, address, port, *words = done.stdout.splitlines()
+    assert (place, address, port) == (str(tmp_path / "r/code"), "first", "23456")
+    assert words[:3] == ["--kill-on-bad-exit=1", sys.executable, "launch/pretrain.py"]
+    assert words[3:] == [*LINE.split(), nasty, f"run.dir={tmp_path}/r"]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_the_code_is_that_of_this_moment(run, tmp_path: Path) -> None:
+    run(f"line={LINE}", "nodes=1", "run.dir=r")
+    for name in ("launch/pretrain.py", "conf/pretrain.yaml", "parallel/plan/step.py"):
+        assert (tmp_path / "r/code" / name).read_bytes() == (slurm.ROOT / name).read_bytes()
+    assert not (tmp_path / "r/code/.git").exists()
+    stale = tmp_path / "r/code/stale.py"
+    stale.touch()
+    run(f"line={LINE}", "nodes=1", "run.dir=r")
+    assert not stale.exists()
+
+
+def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
+    rows = [{"line": "model=debug", "ranks": 8}, {"line": LINE, "ranks": 16}]
+    (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
+    assert run("plan=plan.json", "row=2", "run.dir=r")[1] == ""
+    assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
+    assert "parallel.pp=2" in (tmp_path / "r/config.line").read_text()
+    assert "row=3: plan.json has 2 rows" in run("plan=plan.json", "row=3", "run.dir=r")[1]
+    assert (
+        "16 ranks do not fill nodes of ranks_per_node=5"
+        in run("plan=plan.json", "row=2", "run.dir=r", "ranks_per_node=5")[1]
+    )
+    assert (
+        "nodes=4 of ranks_per_node=8 are 32 ranks, but the plan has 16"
+        in run("plan=plan.json", "row=2", "run.dir=r", "nodes=4")[1]
+    )
+
+
+def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "sbatch not found" in run(f"line={LINE}", "nodes=1", "run.dir=r", "submit=true")[1]
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "sbatch").write_text('#!/bin/bash\n[ -f "$1" ] && bash -n "$1" && echo "Submitted batch job 7"\n')
+    (fake / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
+    assert "Submitted batch job 7" in run(f"line={LINE}", "nodes=1", "run.dir=r", "submit=true")[0]
+    (fake / "sbatch").write_text("#!/bin/bash\necho 'Invalid account' >&2\nexit 1\n")
+    assert (
+        "sbatch refused r/job.sbatch: Invalid account" in run(f"line={LINE}", "nodes=1", "run.dir=r", "submit=true")[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "name one of line="),
+        ([f"line={LINE}", "plan=plan.json"], "name one of line="),
+        ([f"line={LINE}"], "nodes= is missing"),
+        (["line=model=debug parallel.schedule=2f2b", "nodes=1"], "parallel.schedule=2f2b: expected one of"),
+        (["line=model=debug parallel.nonsense=1", "nodes=1"], "nonsense"),
+        ([f"line={LINE}", "nodes=1", "name=a b"], "name=a b: sbatch options are letters"),
+        ([f"line={LINE}", "nodes=1", "sbatch.qos=a;b"], "sbatch.qos=a;b: sbatch options are letters"),
+        ([f"line={LINE}", "nodes=1", "time=soon"], "time=soon: write it as Slurm does"),
+        ([f"line={LINE}", "nodes=1", "run.dir=a b"], "run.dir='a b'"),
+        (["plan=none.json", "nodes=1"], "none.json: No such file"),
+        (["nodes"], "nodes: not of the form option=value"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(run, words: list[str], line: str) -> None:
+    given = words if any(word.startswith("run.dir=") for word in words) else [*words, "run.dir=r"]
+    refused = run(*given)[1]
+    assert line in refused, refused
+    assert "\n" not in refused.strip()
