@@ -120,6 +120,13 @@ class Config:
     hang: HangConfig = field(default_factory=HangConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        if self.parallel.zero_backend == "deepspeed" and self.precision.compute_dtype != "bfloat16":
+            raise ValueError(
+                f"parallel.zero_backend=deepspeed computes with BF16 weights, but precision={self.precision.name}: "
+                "use precision=bf16 or fp8, or parallel.zero_backend=torch"
+            )
+
 
 def register() -> None:
     """Makes the schema known to Hydra, as `config_schema`."""

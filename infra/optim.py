@@ -16,7 +16,10 @@ linear layers add into `main_grad` themselves; for all other parameters a hook m
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,7 +75,7 @@ class Bucket:
     held: slice = field(init=False)
     grad: Tensor = field(init=False)
     weight: Tensor = field(init=False)
-    master: nn.Parameter = field(init=False)
+    master: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         numel = 0
@@ -133,24 +136,45 @@ def _add_to_main_grad(param: Tensor) -> None:
         param.grad = None
 
 
-def _wait(works: list[dist.Work | None]) -> None:
-    for work in works:
-        if work is not None:
-            work.wait()
+class Reduction:
+    """Sums the gradients over every rank that holds a copy; of a sharded bucket, those of this rank's share.
 
+    Starts when it is made, and goes on beside what the caller does until it waits.
+    """
 
-def reduce_gradients(buckets: Iterable[Bucket]) -> None:
-    """Sums the gradients over every rank that holds a copy; of a sharded bucket, those of this rank's share."""
-    _wait([bucket.start_reduction() for bucket in buckets])
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self._start = self._end = time.perf_counter()
+        self._works = [work for bucket in buckets if (work := bucket.start_reduction())]
+        self._watch = threading.Thread(target=self._note_end, daemon=True)
+        if self._works:
+            self._watch.start()
+
+    def _note_end(self) -> None:
+        """On a thread, because gloo's reduce-scatter neither calls back nor says whether it is complete."""
+        with suppress(RuntimeError):  # `wait` raises it
+            for work in self._works:
+                work.wait()
+        self._end = time.perf_counter()
+
+    def wait(self) -> tuple[float, float]:
+        """(seconds from its start to its end, those of them for which this call waited)."""
+        called = time.perf_counter()
+        if self._works:
+            self._watch.join()
+        for work in self._works:
+            work.wait()  # again: on CUDA it is the stream of this thread that has to wait
+        return self._end - self._start, max(0.0, self._end - called)
 
 
 def sync_weights(buckets: Iterable[Bucket]) -> None:
     """Brings the weights that the model computes with in step with the master weights; collective."""
-    _wait([bucket.start_sync() for bucket in buckets])
+    for work in [bucket.start_sync() for bucket in buckets]:
+        if work is not None:
+            work.wait()
 
 
 def global_grad_norm(buckets: Iterable[Bucket], world_size: int) -> float:
-    """The L2 norm of the whole model's gradient, each parameter counted once; call after `reduce_gradients`, on all
+    """The L2 norm of the whole model's gradient, each parameter counted once; call after the `Reduction`, on all
     ranks.
 
     Every copy adds the squares of its share, and one sum over the world makes the total.
@@ -173,13 +197,21 @@ def clip_gradients(buckets: Iterable[Bucket], norm: float, max_norm: float) -> N
 def make_adamw(
     buckets: Sequence[Bucket], lr: float, betas: Sequence[float], eps: float, moments: str = "fp32"
 ) -> torch.optim.Optimizer:
-    """AdamW over the flat master weights: one parameter group, in effect one fused kernel, a bucket.
+    """AdamW over the flat master weights: one parameter group, in effect one fused kernel, a bucket. Its step also
+    syncs the weights.
 
     moments: one of `MOMENTS`; fp32 stands for the dtype of the master weights.
     """
     groups = [{"params": [b.master], "weight_decay": b.weight_decay} for b in buckets]
     optimizer = MOMENTS[moments](groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)
-    for b in buckets:  # what AdamW would make in its first step: a checkpoint may fill it before
+    start_moments(buckets, optimizer, moments)
+    optimizer.register_step_post_hook(lambda *_: sync_weights(buckets))
+    return optimizer
+
+
+def start_moments(buckets: Iterable[Bucket], optimizer: torch.optim.Optimizer, moments: str) -> None:
+    """Makes what AdamW would make in its first step: a checkpoint may fill it before."""
+    for b in buckets:
         step = torch.zeros((), dtype=torch.float32, device=b.device)
         dtype = torch.bfloat16 if moments == "bf16" else b.accumulation_dtype
         optimizer.state[b.master] = {
@@ -187,20 +219,17 @@ def make_adamw(
             "exp_avg": torch.zeros_like(b.master, dtype=dtype),
             "exp_avg_sq": torch.zeros_like(b.master, dtype=dtype),
         }
-    return optimizer
 
 
 def update(buckets: Sequence[Bucket], optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One optimizer step at learning rate `lr`; leaves the gradients zero and the computing weights in step."""
+    """One optimizer step at learning rate `lr`; leaves the gradients zero."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    sync_weights(buckets)
-    for bucket in buckets:
-        bucket.grad.zero_()
+    discard_gradients(buckets)
 
 
 def discard_gradients(buckets: Iterable[Bucket]) -> None:
-    """Zeroes the gradients of a step that is not taken; weights and moments stay as they are."""
+    """Zeroes the gradients, of a step that was taken or of one that will not be."""
     for bucket in buckets:
         bucket.grad.zero_()

@@ -23,7 +23,7 @@ from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
 from infra.distributed import World, largest
 from infra.ema import Ema
-from infra.optim import clip_gradients, discard_gradients, global_grad_norm, make_adamw, reduce_gradients, update
+from infra.optim import Reduction, clip_gradients, discard_gradients, global_grad_norm, update
 from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
 from model.moe import updated_bias
@@ -38,6 +38,7 @@ from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import forward_only, lower
 from parallel.pipeline.stage import BatchScale
 from parallel.straggler import gathered, own_times, straggler
+from parallel.zero import OPTIMIZERS
 
 Record = dict[str, float]
 
@@ -82,7 +83,8 @@ class Trainer:
             microbatch=(train.microbatch_size, config.data.sequence_length),
         )
         buckets, optim = self.replica.buckets, config.optim
-        self.optimizer = make_adamw(buckets, optim.lr.peak, optim.betas, optim.eps, optim.moments)
+        make_optimizer = OPTIMIZERS[parallel.zero_backend]
+        self.optimizer = make_optimizer(buckets, optim.lr.peak, optim.betas, optim.eps, optim.moments)
         # Each copy of a parameter averages its share, so that all ranks together hold one average.
         averaged = [bucket.share_of(bucket.master.data) for bucket in buckets] if train.ema_decay else []
         self.ema = Ema(averaged, train.ema_decay)
@@ -109,11 +111,11 @@ class Trainer:
         share = self.samples / self.total_samples
         size = lr.batch_size(self.samples, self.total_samples, config.train.global_batch_size, config.train.batch_ramp)
         rate = lr.learning_rate(config.optim.lr, self.step, config.train.steps, share)
-        sums, load_LE = self._run(self.train_data, self.samples, size, share, training=True)
+        weights = self._run(self.train_data, self.samples, size, share, training=True)
         assert self.executor is not None
-        computed = time.perf_counter()
-        reduce_gradients(self.replica.buckets)
-        times = self._times(time.perf_counter() - computed)
+        reduction = Reduction(self.replica.buckets)  # travels while other pipeline ranks still compute
+        sums, load_LE = self._gather(weights, size)
+        times = self._times(*reduction.wait())
         norm = global_grad_norm(self.replica.buckets, self.world.size)
         reduced = time.perf_counter()
         if math.isfinite(norm) and math.isfinite(sums["loss"]):  # sums over all ranks: all decide alike
@@ -163,18 +165,19 @@ class Trainer:
         record["max_routing_bias"] = self.replica.bias_LE.abs().max().item()
         return record, histograms
 
-    def _times(self, gradient: float) -> Record:
+    def _times(self, gradient: float, exposed: float) -> Record:
         """Seconds of the step: communication by kind, and who was waited for (`straggler_*`).
 
         Of communication, `comm_time_*` is how long it took and `comm_exposed_*` how long it kept a rank waiting, means
-        over all ranks; what is not exposed was hidden behind computing. Gradients are summed at the end, where nothing
-        hides them. `pipeline_wait` is the time in receives: travel, or work that a neighbour had not done yet.
+        over all ranks; what is not exposed was hidden behind computing - of gradients, behind that of pipeline ranks
+        that end later, and behind the gathering of losses. `pipeline_wait` is the time in receives: travel, or work
+        that a neighbour had not done yet.
         """
         assert self.executor is not None
         waits = self.replica.dispatcher.times.waits
         own = own_times(self.executor.spans, waits, self._load_time, self._update_time)
         times = self.replica.dispatcher.times.take()
-        times |= {"comm_time_gradient": gradient, "comm_exposed_gradient": gradient}
+        times |= {"comm_time_gradient": gradient, "comm_exposed_gradient": exposed}
         times["pipeline_wait"] = self.executor.waited
         rows = gathered([*times.values(), *own.values()], self.world.rank, self.world.size)
         means = rows[:, : len(times)].mean(0).tolist()
@@ -190,15 +193,14 @@ class Trainer:
         data = self.held_out
         if data is None:
             return {}
-        sums, _ = self._run(data, 0, self.config.train.eval_samples, share=0.0, training=False)
+        size = self.config.train.eval_samples
+        sums, _ = self._gather(self._run(data, 0, size, share=0.0, training=False), size)
         self.replica.dispatcher.times.take()  # these two are a training step's; they start anew
         self.replica.dispatcher.traffic.record()
         return {"eval_loss": sums["lm_loss"], "eval_nats_per_byte": sums["lm_loss"] / data.bytes_per_token}
 
-    def _run(
-        self, data: TokenDataset, first_sample: int, size: int, share: float, training: bool
-    ) -> tuple[Record, torch.Tensor]:
-        """One pass of the schedule over `size` samples: losses of the whole batch, and tokens per expert by layer."""
+    def _run(self, data: TokenDataset, first_sample: int, size: int, share: float, training: bool) -> Record:
+        """One pass of the schedule over `size` samples; returns the weights of the losses."""
         started, config, mesh = time.perf_counter(), self.config, self.mesh.config
         length, model = config.data.sequence_length, config.model
         num_microbatches = self._num_microbatches(size)
@@ -225,10 +227,12 @@ class Trainer:
         self._running = None
         if training:
             self.executor = executor
-        return self._gather(weights, size)
+        return weights
 
     def _gather(self, weights: Record, size: int) -> tuple[Record, torch.Tensor]:
-        """Sums losses and loads over all ranks: each microbatch and layer was counted on exactly one pipeline rank."""
+        """Losses of the whole batch, and tokens per expert by layer: sums over all ranks, since each microbatch and
+        layer was counted on exactly one pipeline rank.
+        """
         model = self.config.model
         num_layers = model.num_hidden_layers + model.num_nextn_predict_layers
         load_LE = torch.zeros(num_layers, model.n_routed_experts, dtype=torch.int64)

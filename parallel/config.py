@@ -11,7 +11,7 @@ from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
 RECOMPUTE = ("none", "selective", "full")
-ZERO_BACKENDS = ("torch",)
+ZERO_BACKENDS = ("torch", "deepspeed")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -58,6 +58,11 @@ class ParallelConfig:
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
         check_choice("parallel.zero_stage", self.zero_stage, (0, 1))
         check_choice("parallel.zero_backend", self.zero_backend, ZERO_BACKENDS)
+        if self.zero_backend != "torch" and not self.zero_stage:
+            raise ValueError(
+                f"parallel.zero_backend={self.zero_backend} shards optimizer states, but parallel.zero_stage=0 does "
+                "not: use parallel.zero_stage=1"
+            )
         if self.ep > 1 and self.dispatcher == "local":
             raise ValueError(
                 f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "

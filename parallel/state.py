@@ -46,8 +46,9 @@ def load(checkpoint: Checkpoint, replica: Replica, optimizer: torch.optim.Optimi
     """Fills this rank's state from a checkpoint of any layout, made after `step` steps.
 
     Before the first step all moments are zero, and a checkpoint need not have them. One without averages starts them
-    from its weights. Raises CheckpointError when the models differ.
+    from its weights. Raises CheckpointError when the models differ, or a parameter or an expert is missing.
     """
+    check_complete(checkpoint)
     state = held(replica, optimizer, ema)
     moments = [key for key in state if key.startswith("exp_avg")] if step == 0 else []
     for key in moments:
@@ -73,6 +74,29 @@ def model_config(saved: Checkpoint) -> ModelConfig:
     return ModelConfig(**keys)
 
 
+def check_complete(saved: Checkpoint) -> None:
+    """Raises CheckpointError naming a parameter, or an expert's, that the checkpoint lacks or that its model has not.
+
+    That each is there only once was checked when it was saved.
+    """
+    with torch.device("meta"):
+        model = Transformer(model_config(saved))
+    expected = set()
+    for name, param in model.named_parameters():
+        names = [_of_expert(name, e) for e in range(len(param))] if is_expert(name) else [name]
+        expected |= {f"master/{name}" for name in names}
+    found = {key for key in saved.keys if key.startswith("master/")}
+    if wrong := sorted(expected ^ found):
+        what = "lacks" if wrong[0] in expected else "is not of its own model: it has"
+        raise CheckpointError(f"{saved.folder} {what} {wrong[0]}")
+
+
+def _of_expert(name: str, expert: int) -> str:
+    """The whole-model name of one of the stacked experts."""
+    stem, leaf = name.rsplit(".", 1)
+    return f"{stem}.{expert}.{leaf}"
+
+
 def whole_tensor(saved: Checkpoint, name: str, shape: torch.Size, weights: str = "master") -> Tensor:
     """One parameter or routing bias of the whole model, experts stacked. weights: one of `WEIGHTS`.
 
@@ -83,8 +107,7 @@ def whole_tensor(saved: Checkpoint, name: str, shape: torch.Size, weights: str =
     if name.endswith("e_score_correction_bias"):
         keys = [f"bias/{name}"]
     elif is_expert(name):
-        stem, leaf = name.rsplit(".", 1)
-        keys = [f"{weights}/{stem}.{e}.{leaf}" for e in range(shape[0])]
+        keys = [f"{weights}/{_of_expert(name, e)}" for e in range(shape[0])]
     else:
         keys = [f"{weights}/{name}"]
     read = saved.read(keys)
@@ -132,9 +155,8 @@ def _whole_model_tensors(bucket: Bucket, replica: Replica) -> Iterator[tuple[str
     """(name, where its elements begin in the bucket, shape), experts taken apart."""
     for name, (at, shape) in bucket.places.items():
         if is_expert(name):
-            stem, leaf = name.rsplit(".", 1)
             for i in range(shape[0]):
-                yield f"{stem}.{replica.first_expert + i}.{leaf}", at + i * shape[1:].numel(), shape[1:]
+                yield _of_expert(name, replica.first_expert + i), at + i * shape[1:].numel(), shape[1:]
         else:
             yield name, at, shape
 

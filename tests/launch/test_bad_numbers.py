@@ -28,14 +28,14 @@ def data(tmp_path_factory):
 
 def poison(trainer: Trainer, step: int, value: float) -> None:
     """Puts `value` into one gradient of this rank, before gradients are summed, in the step after `step`."""
-    reduce = trainer_module.reduce_gradients
+    reduce = trainer_module.Reduction
 
     def reduce_poisoned(buckets):
         if trainer.step == step:
             trainer.replica.buckets[0].grad[3] = value
-        reduce(buckets)
+        return reduce(buckets)
 
-    trainer_module.reduce_gradients = reduce_poisoned
+    trainer_module.Reduction = reduce_poisoned
 
 
 def _state(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -119,13 +119,13 @@ def test_a_run_with_a_skipped_step_resumes_bit_for_bit(data, tmp_path):
 
 
 def _poison_every_step(trainer):
-    reduce = trainer_module.reduce_gradients
+    reduce = trainer_module.Reduction
 
     def reduce_poisoned(buckets):
         buckets[0].grad[0] = math.nan
-        reduce(buckets)
+        return reduce(buckets)
 
-    trainer_module.reduce_gradients = reduce_poisoned
+    trainer_module.Reduction = reduce_poisoned
 
 
 def test_a_run_that_learns_nothing_any_more_gives_up(data, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infra.optim import reduce_gradients
+from infra.optim import Reduction
 from parallel.config import ParallelConfig
 from parallel.pipeline.schedules import SCHEDULES
 from tests.parallel.layouts import begin, build, reference_gradients, tiny
@@ -14,7 +14,7 @@ def _gradients(rank: int, world: int, config, parallel: ParallelConfig, num_micr
     replica, executor, mesh = build(config, parallel, world, num_microbatches)
     begin(config, replica, mesh, num_microbatches, masked)
     executor.step()
-    reduce_gradients(replica.buckets)
+    Reduction(replica.buckets).wait()
     assert all(stage.live == 0 for stage in replica.stages.values())
     grads = {name: g.clone() for b in replica.buckets for name, g in b.views(b.grad).items()}
     return {"first_expert": replica.first_expert, "grads": {n: g.numpy() for n, g in grads.items()}}

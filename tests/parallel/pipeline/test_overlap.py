@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infra.optim import reduce_gradients
+from infra.optim import Reduction
 from parallel.config import ParallelConfig
 from parallel.pipeline.overlap import ORDER, Side, run_pair
 from parallel.pipeline.passes import PAIRABLE
@@ -96,7 +96,7 @@ def _gradients(rank, world, config, parallel, num_microbatches):
         replica, executor, mesh = build(config, parallel, world, num_microbatches, overlap)
         begin(config, replica, mesh, num_microbatches)
         executor.step()
-        reduce_gradients(replica.buckets)
+        Reduction(replica.buckets).wait()
         result[overlap] = [b.grad.clone() for b in replica.buckets]
     return all(torch.equal(off, on) for off, on in zip(result[False], result[True], strict=True))
 
