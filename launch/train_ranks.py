@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from conf.schema import Config
 from launch.sweep import job_number
 
-SHOWN = ("loss", "eval_nats_per_byte", "nats_per_byte", "step_time", "tokens_per_second", "bubble", "peak_memory_gb")
+SHOWN = ("loss", "eval_nats_per_byte", "step_time", "tokens_per_second", "bubble", "peak_memory_gb")
 SCRIPT = Path(__file__).with_name("pretrain.py")
 
 
@@ -40,4 +40,5 @@ def train_ranks(config: Config) -> dict[str, Any]:
         raise RuntimeError(f"{folder}: {line}")
     with (folder / "metrics.jsonl").open() as lines:
         last = json.loads(deque(lines, maxlen=1)[0])
-    return {"run": str(folder), "ranks": num_ranks} | {name: last[name] for name in SHOWN if name in last}
+    figures = {name: float(f"{last[name]:.4g}") for name in SHOWN if last.get(name) is not None}  # not finite: null
+    return {"run": folder.name, "ranks": num_ranks} | figures

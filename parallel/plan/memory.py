@@ -148,13 +148,16 @@ class MemoryModel:
             M = min(M, STEADY * layout.pp + M % 2)
         key = (
             "activations", layout.schedule, layout.pp, M, layout.precision, layout.recompute, layout.microbatch_size,
-            *((layout.ep, layout.dispatcher) if self.step.cluster.measured else ()),
+            *((layout.ep, layout.dispatcher, layout.overlap) if self.step.cluster.measured else ()),
         )  # fmt: skip
         cache = self.step.cache
         if key not in cache:
             schedule = schedule_of(layout.schedule, layout.pp, M)
             size = self.stage_bytes(layout)
             held = curves(schedule, size.forward_S, size.late_S)
+            if self.step.measured(layout) and layout.overlap:
+                laid_over = half_of_pairs(schedule, size.forward_S)
+                held = (one - half for one, half in zip(held, laid_over, strict=True))
             between = self._between(layout, schedule)
             cache[key] = np.array(list(map(_peaks, held, rises(schedule, size.rise_OS), between)))
         return cache[key]
@@ -254,6 +257,17 @@ def rises(schedule: Schedule, rise_OS: np.ndarray) -> Iterator[np.ndarray]:
     rise_A = rise_OS[actions_A3[:, 1], actions_A3[:, 0]]
     for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
         yield rise_A[first:end]
+
+
+def half_of_pairs(schedule: Schedule, forward_S: np.ndarray) -> Iterator[np.ndarray]:
+    """What an F that is laid over a backward does not yet hold when that has let go of as much: half, at the row of F;
+    0 in all others."""
+    rank_R1, slot_S1, actions_A3 = schedule.columns
+    half_A = np.zeros(len(actions_A3))
+    pairs = slot_S1[:-1][np.diff(slot_S1) == 2]
+    half_A[pairs] = forward_S[actions_A3[pairs, 0]] / 2
+    for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
+        yield half_A[first:end]
 
 
 def _peaks(held: np.ndarray, rise: np.ndarray, between: np.ndarray | float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from infra.hardware import ClusterConfig, KernelRates
 from parallel.pipeline.actions import Op
 from parallel.plan.layout import Layout, schedule_of
 from parallel.plan.measured import in_flight, key, row_for, stage_bytes
-from parallel.plan.memory import MemoryModel, curves, rises
+from parallel.plan.memory import MemoryModel, curves, half_of_pairs, rises
 from parallel.plan.step import StepModel
 from tests.parallel.layouts import tiny
 
@@ -119,3 +119,14 @@ def test_what_is_under_way_between_stages() -> None:
     one_by_one = in_flight(schedule, 0, ahead=1, window=1)
     assert (one_by_one <= posted + sent).all()
     assert in_flight(schedule_of("1f1b", 1, 4), 0, 8, 8).tolist() == [0] * 8
+
+
+def test_of_a_pair_half_of_each_side_is_held() -> None:
+    schedule = schedule_of("dualpipev", 2, 8)
+    forward_S = np.array([8.0, 6.0, 4.0, 2.0])
+    for rank, half in enumerate(half_of_pairs(schedule, forward_S)):
+        rows = iter(half.tolist())
+        for slot in schedule.programs[rank]:
+            for place, action in enumerate(slot):
+                laid_over = len(slot) == 2 and place == 0
+                assert next(rows) == (forward_S[action.stage] / 2 if laid_over else 0)
