@@ -55,14 +55,16 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
         B, N, L, V = v.shape
-        q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        scaled = q * scale
         out = v.new_empty(B, L, N, V).transpose(1, 2)  # the layout the output projection reads
         kept = []
         for rows, keys in _blocks(q):
-            probs = _probs(q, k, rows, keys)
+            probs = _probs(scaled, k, rows, keys)
             out[:, :, rows] = torch.bmm(probs, v[:, keys]).view(B, N, -1, V)
             if L <= KEEP:
                 kept.append(probs)
+        # The queries as they came, not scaled: they may be recomputed, and are then not kept.
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale = scale
         return out
@@ -71,6 +73,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, *kept = ctx.saved_tensors
+        q = q * ctx.scale
         B, N = dout.shape[:2]
         dout = dout.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), k[:, :0], v[:, :0]

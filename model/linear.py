@@ -51,7 +51,8 @@ class _LinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x,), weight = ctx.saved_tensors, ctx.weight
-        dy_TN, x_TK = dy.flatten(0, -2), x.flatten(0, -2)
+        # detached: a deferred weight gradient must not hold the graph that x came from, and the gradients in it
+        dy_TN, x_TK = dy.flatten(0, -2), x.detach().flatten(0, -2)
         dx = mm(dy_TN, weight).view(x.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None
@@ -96,7 +97,7 @@ class _GroupedLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_RN):
         (x_RK, counts_E), weight_ENK = ctx.saved_tensors, ctx.weight
-        dy_RN = dy_RN.contiguous()
+        dy_RN, x_RK = dy_RN.contiguous(), x_RK.detach()  # see _LinearFunction
         dx_RK = grouped_mm(dy_RN, weight_ENK, counts_E) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx_RK, None, None, None

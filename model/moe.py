@@ -53,6 +53,23 @@ class Routing(NamedTuple):
     load_E: Tensor
 
 
+class _WideLinear(torch.autograd.Function):
+    """x W^T in a wider dtype than theirs, of which the backward keeps nothing that is wide."""
+
+    @staticmethod
+    def forward(ctx, x, weight, dtype):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = (dy @ weight.to(dy.dtype)).to(x.dtype)
+        dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)
+        return dx, dweight.to(weight.dtype), None
+
+
 class Router(nn.Module):
     """Scores, groups, top-k: V3's sigmoid with bias (noaux_tc), V2's softmax (greedy, group_limited_greedy)."""
 
@@ -75,7 +92,7 @@ class Router(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """Affinities (..., E), in float32 at least: the gate stays out of low precision (V3 report, 3.3.1)."""
         dtype = accumulation_dtype(x)
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        logits = _WideLinear.apply(x, self.weight, dtype)
         return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,10 @@ class _Region:
         return _Inside(self, self._num_inside - 1)
 
 
+def _note(region: _Region, index: int, view: Tensor) -> _Output:
+    return _Output(region, index, view.size(), view.stride(), int(view.storage_offset()))
+
+
 class Tape:
     """The regions of one phase of one microbatch."""
 
@@ -112,7 +117,7 @@ class Tape:
         found = self.outputs.get(tensor.untyped_storage().data_ptr())
         if found is None:
             return tensor
-        return _Output(found[0], found[1], tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return _note(found[0], found[1], tensor)
 
 
 class Regions:
@@ -132,6 +137,8 @@ class Regions:
             if not output.numel():
                 continue  # all empty tensors lie at address 0
             self._tape.outputs[output.untyped_storage().data_ptr()] = (region, index, output)
+            # for who would keep a copy of it in a form of their own (infra/fp8/linear.py)
+            output.again = partial(region.output, _note(region, index, output))  # type: ignore[attr-defined]
         return outputs
 
     @contextmanager

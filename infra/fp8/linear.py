@@ -10,6 +10,12 @@ tokens: the kept input is dequantised, transposed and quantised again, and the o
 from its own dtype. Weights are cast in the forward and again in the backward, which costs less than keeping a copy for
 every microbatch in flight.
 
+An input may say more of itself, in two attributes:
+
+    x.quantized     the `Quantized` that its values came from, when it was dispatched in FP8: it is the operand, and
+                    what is kept
+    x.again()       computes its values anew, where something else is kept that they follow from: nothing of x is kept
+
 The weight gradient is offered to the hole `weight_grad(weight, compute)`; `compute()` adds it in FP32 to
 `weight.main_grad` where there is one and returns None, and otherwise returns it. A deferred `compute` keeps the FP8
 operands of wgrad, two bytes for each pair of values, and no high-precision tensor.
@@ -19,6 +25,7 @@ Letters: T tokens, R rows of all experts, E experts, K input features, N output 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -37,10 +44,11 @@ from infra.fp8.quantize import (
     transpose_blocks,
     transpose_cast,
 )
-from infra.fp8.recipe import LayerRecipe, Recipe, layer_recipe
+from infra.fp8.recipe import TILE_1X128, Block, LayerRecipe, Recipe, layer_recipe
 
 Compute = Callable[[], Tensor | None]
 WeightGrad = Callable[[Tensor, Compute], Tensor | None]
+Again = Callable[[], Tensor]
 
 
 class LinearProduct(Protocol):
@@ -56,19 +64,56 @@ class LinearProduct(Protocol):
     ) -> Tensor: ...
 
 
-class Fp8Linear:
-    """One layer's products in FP8, through a `Gemm` back end."""
+class LastCast:
+    """Casts, and remembers the last one while its input lives: layers that share an input cast and keep it once."""
 
-    def __init__(self, recipe: Recipe, layer: LayerRecipe, gemm: Gemm) -> None:
-        self.recipe, self.layer, self.gemm = recipe, layer, gemm
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._cast: Quantized | None = None
+
+    @torch.no_grad()
+    def __call__(self, source: Tensor | Again, block: Block, power_of_two: bool) -> Quantized:
+        """Of a tensor, or of what a function gives."""
+        key = (id(source), source._version if isinstance(source, Tensor) else 0, block, power_of_two)
+        if self._cast is None or self._key != key:
+            x = source if isinstance(source, Tensor) else source()
+            self._cast = cast(x.reshape(-1, x.shape[-1]), block, power_of_two)
+            self._key = key
+            self._input = weakref.ref(source, self._forget)  # another source may get the same id later
+        return self._cast
+
+    def _forget(self, gone: weakref.ref[Any]) -> None:
+        if gone is self._input:
+            self._cast = None
+
+
+class Fp8Linear:
+    """One layer's products in FP8, through a `Gemm` back end. casts: shared by layers that may have the same input."""
+
+    def __init__(self, recipe: Recipe, layer: LayerRecipe, gemm: Gemm, casts: LastCast | None = None) -> None:
+        self.recipe, self.layer, self.gemm, self.casts = recipe, layer, gemm, casts or LastCast()
 
     def __call__(
         self, x: Tensor, weight: Tensor, weight_grad: WeightGrad, num_tokens_per_expert_E: Tensor | None = None
     ) -> Tensor:
-        return _Fp8LinearFunction.apply(x, weight, num_tokens_per_expert_E, weight_grad, self)
+        again: Again | None = getattr(x, "again", None)
+        return _Fp8LinearFunction.apply(x, self.operand(x), again, weight, num_tokens_per_expert_E, weight_grad, self)
+
+    def operand(self, x: Tensor) -> Quantized:
+        """x of fprop, [T, K]."""
+        if hasattr(x, "quantized") and self.recipe.activation == TILE_1X128:
+            return x.quantized
+        return self.casts(x, self.recipe.activation, self.layer.input_power_of_two)
 
     def keep_input(self, x_TK: Tensor, q_TK: Quantized) -> Quantized | E5M6:
         return cast_e5m6(x_TK) if self.layer.cache == "e5m6" else q_TK
+
+    def input_again(self, again: Again) -> Quantized | E5M6:
+        """What `keep_input` would have kept."""
+        if self.layer.cache == "e5m6":
+            x = again()
+            return cast_e5m6(x.reshape(-1, x.shape[-1]))
+        return self.casts(again, self.recipe.activation, self.layer.input_power_of_two)
 
     def input_for_wgrad(self, kept: list[Tensor], cols: int, num_tokens_per_expert_E: Tensor | None) -> Quantized:
         """The kept input as (K, R'), in tiles along the rows."""
@@ -79,14 +124,20 @@ class Fp8Linear:
 class _Fp8LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, counts_E: Tensor | None, weight_grad: WeightGrad, linear: Fp8Linear
+        ctx: Any,
+        x: Tensor,
+        q_TK: Quantized,
+        again: Again | None,
+        weight: Tensor,
+        counts_E: Tensor | None,
+        weight_grad: WeightGrad,
+        linear: Fp8Linear,
     ):
-        recipe, layer, gemm = linear.recipe, linear.layer, linear.gemm
-        x_TK = x.reshape(-1, x.shape[-1])
-        q_TK = cast(x_TK, recipe.activation, layer.input_power_of_two)
+        recipe, gemm = linear.recipe, linear.gemm
         q_weight = cast(weight, recipe.weight, recipe.power_of_two)
-        ctx.save_for_backward(counts_E, *linear.keep_input(x_TK, q_TK))
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        kept = () if again else linear.keep_input(x.reshape(-1, x.shape[-1]), q_TK)
+        ctx.save_for_backward(counts_E, *kept)
+        ctx.again, ctx.x_shape, ctx.x_dtype = again, x.shape, x.dtype
         ctx.weight, ctx.weight_grad, ctx.linear = weight, weight_grad, linear
         if counts_E is not None:
             return gemm.grouped_by_rows(q_TK, q_weight, counts_E, x.dtype)
@@ -107,8 +158,10 @@ class _Fp8LinearFunction(torch.autograd.Function):
                 dx = gemm.grouped_by_rows(q_TN, q_weight, counts_E, ctx.x_dtype)
             else:
                 dx = gemm.dense(q_TN, q_weight, ctx.x_dtype).view(ctx.x_shape)
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, None, None
+        if not ctx.needs_input_grad[3]:
+            return dx, None, None, None, None, None, None
+        if ctx.again is not None:
+            kept = list(linear.input_again(ctx.again))
 
         dy_NT = transpose_cast(dy_TN, counts_E, recipe.gradient, layer.gradient_power_of_two)
         cols = ctx.x_shape[-1]
@@ -125,12 +178,13 @@ class _Fp8LinearFunction(torch.autograd.Function):
             main_grad.add_(grad)
             return None
 
-        return dx, ctx.weight_grad(weight, compute), None, None, None
+        return dx, None, None, ctx.weight_grad(weight, compute), None, None, None
 
 
-def make_linear(backend: str, recipe: Recipe, name: str) -> LinearProduct | None:
+def make_linear(backend: str, recipe: Recipe, name: str, casts: LastCast | None = None) -> LinearProduct | None:
     """The FP8 product for the layer called `name`, or None where the recipe keeps that layer in high precision.
 
+    casts: give layers that may get the same input one between them.
     Raises RuntimeError with the reason, and the line that installs what is missing, if the back end cannot run here.
     """
     layer = layer_recipe(recipe, name)
@@ -140,7 +194,7 @@ def make_linear(backend: str, recipe: Recipe, name: str) -> LinearProduct | None
         from infra.fp8.te import TransformerEngineLinear
 
         return TransformerEngineLinear(recipe)
-    return Fp8Linear(recipe, layer, GEMMS[backend](recipe))
+    return Fp8Linear(recipe, layer, GEMMS[backend](recipe), casts)
 
 
 BACKENDS = (*GEMMS, "te")

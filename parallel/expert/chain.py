@@ -181,7 +181,7 @@ class ChainDispatcher(Dispatcher):
         rows = encode(x_TD, self.config.dispatch_dtype)
         for group, out, sent, received, *_ in plan.exchanges:
             rows = self._exchange("dispatch", group, out.expand(rows), sent, received)
-        return plan.rows.expand(decode(rows, x_TD.shape[1], x_TD.dtype, self.config.dispatch_dtype))
+        return decode(plan.rows.expand(rows), x_TD.shape[1], x_TD.dtype, self.config.dispatch_dtype)
 
     def _gather(self, y_RD: Tensor, plan: Plan) -> Tensor:
         """P^T y: [R, D] -> [T, D]."""

@@ -16,15 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from infra.fp8.quantize import Quantized
 from model.block import Block
 from parallel.expert.dispatcher import Dispatcher
 from parallel.expert.lane import Pending
-from parallel.recompute import Regions
+from parallel.expert.payload import values_of
+from parallel.recompute import Regions, Tape
 
 Value = Any  # a Tensor, a Pending, or whatever else a phase hands on
 
@@ -66,35 +69,73 @@ class Compute:
         return self.full or self.regions is not None
 
     def forward(self, inputs: Sequence[Value], training: bool) -> tuple[Sequence[Value], Any]:
-        leaves = [_leaf(value) for value in inputs] if training else inputs
-        recording = self.regions.recording() if training and self.regions else nullcontext()
-        with torch.set_grad_enabled(training and not self.full), recording as tape:
-            outputs = self.run(*leaves)
-        saved = (leaves, None if self.full else outputs, tape)
-        return [value.detach() if isinstance(value, Tensor) else value for value in outputs], saved
+        if training and not self.full:
+            outputs, saved = self._record(inputs)
+            return [value.detach() if isinstance(value, Tensor) else value for value in outputs], saved
+        with torch.no_grad():
+            return self.run(*inputs), [_kept(value) for value in inputs] if training else None
 
     def rerun(self, saved: Any) -> Any:
-        leaves, _, tape = saved
-        if tape is not None:
-            tape.rerun()
-            return saved
-        with torch.enable_grad():
-            return leaves, self.run(*leaves), None
+        if self.full:
+            return self._record([values_of(*value) if isinstance(value, _InFp8) else value for value in saved])[1]
+        saved.tape.rerun()
+        return saved
 
-    def backward(self, saved: Any, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
-        leaves, outputs, tape = saved
-        ends = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
-        torch.autograd.backward([out for out, _ in ends], [g for _, g in ends])
-        if tape is not None:
-            tape.release()
-        return [leaf.grad if isinstance(leaf, Tensor) else None for leaf in leaves]
+    def _record(self, inputs: Sequence[Value]) -> tuple[Sequence[Value], _Graph]:
+        starts, entered = zip(*(_entered(value) for value in inputs), strict=True)
+        recording = self.regions.recording() if self.regions else nullcontext()
+        with torch.enable_grad(), recording as tape:
+            outputs = self.run(*entered)
+        ends = [get_gradient_edge(v) if isinstance(v, Tensor) and v.requires_grad else None for v in outputs]
+        return outputs, _Graph(starts, ends, tape)
+
+    def backward(self, saved: _Graph, grads: Sequence[Tensor | None]) -> Sequence[Value | None]:
+        known = [(end, g) for end, g in zip(saved.ends, grads, strict=True) if end is not None and g is not None]
+        torch.autograd.backward([end for end, _ in known], [g for _, g in known])
+        if saved.tape is not None:
+            saved.tape.release()
+        return [None if start is None else start.grad for start in saved.starts]
 
 
-def _leaf(value: Value) -> Value:
-    """The same storage at the start of a graph of its own; what has no gradient stays as it is."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
-    return value
+class _Graph(NamedTuple):
+    """What a forward leaves: where its graph starts and ends. Neither keeps values: only what the backward of some
+    operation in between reads is kept, and that by autograd."""
+
+    starts: Sequence[Tensor | None]  # leaves of the inputs' shapes that have no elements of their own
+    ends: Sequence[GradientEdge | None]
+    tape: Tape | None
+
+
+class _InFp8(NamedTuple):
+    """A tensor that came in FP8, without its values in another dtype."""
+
+    rows: Quantized
+    dtype: torch.dtype
+
+
+def _kept(value: Value) -> Value:
+    return _InFp8(value.quantized, value.dtype) if hasattr(value, "quantized") else value
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, value: Tensor) -> Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _entered(value: Value) -> tuple[Tensor | None, Value]:
+    """A leaf, and the same values behind it; what has no gradient stays as it is."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return None, value
+    start = value.new_empty(()).expand(value.shape).requires_grad_()
+    entered = _Enter.apply(start, value)
+    if hasattr(value, "quantized"):  # see infra/fp8/linear.py
+        entered.quantized = value.quantized
+    return start, entered
 
 
 class _Travel:
@@ -146,7 +187,18 @@ class Combine(_Travel):
 
 
 def _part(pending: Pending, index: int) -> Pending:
-    return Pending(lambda: pending.wait()[index])
+    """One of several results. Waited for, it lets go of the others: a handle is kept long after the rows it moved."""
+    whole: Pending | None = pending
+    part: Any = None
+
+    def wait() -> Any:
+        nonlocal whole, part
+        if whole is not None:
+            part, whole = whole.wait()[index], None
+        return part
+
+    del pending
+    return Pending(wait)
 
 
 def layer_phases(block: Block, layer: int, full: bool, regions: Regions | None) -> tuple[list[Phase], list[Phase]]:

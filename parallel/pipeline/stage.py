@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.block import Block
-from model.linear import Linear
+from model.linear import Linear, run_region
 from model.loss import cross_entropy
 from model.mtp import MTPBlock
 from parallel.expert.lane import Pending
@@ -62,7 +62,7 @@ class TransformerStage:
             for layer in module.modules():
                 if hasattr(layer, "weight_grad"):
                     layer.weight_grad = self._weight_grads  # type: ignore[assignment]
-                if hasattr(layer, "region") and self._regions is not None:
+                if getattr(layer, "region", None) is run_region and self._regions is not None:
                     layer.region = self._regions  # type: ignore[assignment]
         self._forward: list[Phase] = []
         self._backward: list[Phase] = []
@@ -174,7 +174,7 @@ class TransformerStage:
 
         def predict(h_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
             norm: Any = depth.shared_head.norm
-            return h_BLD, self._cross_entropy(norm(h_BLD), labels_BL[:, k:])
+            return h_BLD, self._cross_entropy("mtp_loss", norm(h_BLD), labels_BL[:, k:])
 
         return (
             Compute("join", ("h", "tokens", "documents"), ("h", "documents"), join),
@@ -188,11 +188,14 @@ class TransformerStage:
     def _predict_next(self, h_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
         assert self._norm is not None
         h_BLD = self._norm(h_BLD)
-        return h_BLD, self._cross_entropy(h_BLD, labels_BL)
+        return h_BLD, self._cross_entropy("lm_loss", h_BLD, labels_BL)
 
-    def _cross_entropy(self, h_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+    def _cross_entropy(self, name: str, h_BLD: Tensor, labels_BL: Tensor) -> Tensor:
         assert self._head is not None
-        return cross_entropy(h_BLD.flatten(0, 1), self._head, labels_BL.flatten(), self._scale.num_tokens)
+        scale = self._scale
+        return cross_entropy(
+            h_BLD.flatten(0, 1), self._head, labels_BL.flatten(), scale.num_tokens, scale.weights.get(name)
+        )
 
 
 def _arrived(values: dict[str, Value], name: str) -> Value:

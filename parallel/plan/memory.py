@@ -36,11 +36,10 @@ STEADY = 4  # times pp microbatches: where every schedule but gpipe has reached 
 
 
 class Kept(NamedTuple):
-    """A tensor that waits for the backward: bytes a token, and whether the weight gradient still needs it."""
+    """A tensor that waits for the backward: bytes a token."""
 
     name: str
     bytes_per_token: float
-    for_weights: bool
 
 
 def kept(model: ModelConfig, precision: str, recompute: str, is_moe: bool) -> list[Kept]:
@@ -49,47 +48,52 @@ def kept(model: ModelConfig, precision: str, recompute: str, is_moe: bool) -> li
     heads, fp8 = m.num_attention_heads, precision == "fp8"
     operand = SCALED if fp8 else 2.0
     inner = m.moe_intermediate_size
-    rows = [
-        Kept("layer input", 2 * D, False),
-        *([Kept("rows received", operand * K * D, True), Kept("routing", 12.0 * K, False)] if is_moe else []),
-    ]
+    rows = [Kept("layer input", 2 * D)]
+    if is_moe:
+        # Dispatch and experts are phases of their own: the second norm's output waits for the router and the shared
+        # expert, whatever is recomputed. Rows are found again by indices of 8 bytes.
+        rows += [Kept("rows received", operand * K * D), Kept("routing", 28.0 * K + 8), Kept("experts' input", 2 * D)]
     if recompute == "full":
-        # dispatch and experts are phases of their own, so the second norm's output and the residual stay
-        return rows + ([Kept("residual", 2 * D, False), Kept("experts' input", 2 * D, True)] if is_moe else [])
+        return rows
     rows += [
-        Kept("compressed queries", 2.0 * (m.q_lora_rank or 0), False),
-        Kept("compressed keys and values", 2.0 * (m.kv_lora_rank + m.qk_rope_head_dim), False),
-        Kept("attention output", (E5M6 if fp8 else 2.0) * heads * m.v_head_dim, True),
-        Kept("softmax statistics", 4.0 * heads, False),
-        Kept("residual", 2 * D, False),
-        Kept("router scores", 4.0 * m.n_routed_experts if is_moe else 0.0, False),
+        Kept("compressed queries", 2.0 * (m.q_lora_rank or 0)),
+        Kept("compressed keys and values", 2.0 * (m.kv_lora_rank + m.qk_rope_head_dim)),
+        Kept("attention output", (E5M6 if fp8 else 2.0) * heads * m.v_head_dim),
+        Kept("softmax statistics", 4.0 * heads),
+        Kept("residual", 2 * D),
     ]
     if is_moe:
-        rows.append(Kept("experts' SwiGLU input", operand * K * 2 * inner, False))
-        rows.append(Kept("shared SwiGLU input", operand * m.n_shared_experts * 2 * inner, False))
+        rows.append(Kept("router's choice", 4.0 * m.n_routed_experts + 12.0 * K))
+        rows.append(Kept("experts' SwiGLU input", operand * K * 2 * inner))
+        rows.append(Kept("shared SwiGLU input", operand * m.n_shared_experts * 2 * inner))
+        rows.append(Kept("shared expert's operand", operand * D if fp8 else 0.0))
     else:
-        rows.append(Kept("SwiGLU input", operand * 2 * m.intermediate_size, False))
+        rows.append(Kept("SwiGLU input", operand * 2 * m.intermediate_size))
     if recompute == "none":
-        width = (K + m.n_shared_experts) * inner if is_moe else m.intermediate_size
-        rows += [
-            Kept("norm outputs", operand * (2 * D + (m.q_lora_rank or 0) + m.kv_lora_rank), True),
-            Kept("queries, keys, values", 2.0 * heads * (2 * m.qk_head_dim + m.v_head_dim), False),
-            Kept("SwiGLU output", operand * width, True),
-        ]
+        norms = D * (1 if is_moe else 2) + (m.q_lora_rank or 0) + m.kv_lora_rank
+        rows.append(Kept("norm outputs", operand * norms))
+        rows.append(Kept("queries, keys, values", 2.0 * heads * (2 * m.qk_head_dim + m.v_head_dim)))
+        if not fp8:  # FP8 keeps SwiGLU's inputs, and computes its output again from them
+            width = (K + m.n_shared_experts) * inner if is_moe else m.intermediate_size
+            rows.append(Kept("SwiGLU output", 2.0 * width))
     return rows
 
 
-def gradients_kept(model: ModelConfig, precision: str, is_moe: bool) -> float:
-    """Bytes a token that wait from I to W beside the kept activations: output gradients of all linear layers, and those
-    of their inputs that `selective` and `full` have computed again by then."""
-    m, operand = model, SCALED if precision == "fp8" else 2.0
-    heads, inner = m.num_attention_heads, m.moe_intermediate_size
-    up = heads * (m.qk_head_dim + m.qk_nope_head_dim + m.v_head_dim) + (m.q_lora_rank or 0) + m.kv_lora_rank
-    attention = up + (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim + 2 * m.hidden_size
-    if not is_moe:
-        return operand * (attention + m.hidden_size + 3 * m.intermediate_size)
-    copies = m.num_experts_per_tok + m.n_shared_experts
-    return operand * (attention + copies * (m.hidden_size + 3 * inner))
+def kept_for_weights(model: ModelConfig, precision: str, is_moe: bool) -> float:
+    """Bytes a token that wait from I to W: inputs and output gradients of all linear layers. What `selective` and
+    `full` compute again has been by then, so they are the same under every recomputation."""
+    m, D, heads, inner = model, model.hidden_size, model.num_attention_heads, model.moe_intermediate_size
+    q, kv = m.q_lora_rank or 0, m.kv_lora_rank
+    operand = SCALED if precision == "fp8" else 2.0
+    attention_out = heads * m.v_head_dim
+    up = heads * (m.qk_head_dim + m.qk_nope_head_dim + m.v_head_dim)
+    values = (D + q + kv) + (q + kv + m.qk_rope_head_dim + up + D)  # inputs without o_proj's; gradients
+    if is_moe:
+        copies = m.num_experts_per_tok + m.n_shared_experts
+        values += copies * (D + inner) + copies * (2 * inner + D)
+    else:
+        values += (D + m.intermediate_size) + (2 * m.intermediate_size + D)
+    return operand * values + (E5M6 if precision == "fp8" else 2.0) * attention_out
 
 
 @dataclass(frozen=True)
@@ -132,13 +136,13 @@ class MemoryModel:
         for is_moe in (False, True):
             tensors = kept(model, layout.precision, layout.recompute, is_moe)
             forward.append(tokens * sum(t.bytes_per_token for t in tensors))
-            gradients = gradients_kept(model, layout.precision, is_moe)
-            late.append(tokens * (gradients + sum(t.bytes_per_token for t in tensors if t.for_weights)))
+            late.append(tokens * kept_for_weights(model, layout.precision, is_moe))
         is_moe_of = [[int(n >= model.first_k_dense_replace) for n in layers] for layers in split]
         forward_S, late_S = (np.array([sum(table[k] for k in s) for s in is_moe_of]) for table in (forward, late))
-        last = 2.0 * tokens * model.hidden_size * (1 + model.num_nextn_predict_layers)
-        forward_S[-1] += 2 * last  # the head's input, and its gradient until the backward
-        late_S[-1] += last
+        # The last stage: what the heads' norms and losses keep, and what joins a depth to the one before (2D -> D).
+        depths, operand = model.num_nextn_predict_layers, SCALED if layout.precision == "fp8" else 2.0
+        forward_S[-1] += tokens * model.hidden_size * (4.0 * (1 + depths) + depths * (4.0 + 2 * operand))
+        late_S[-1] += tokens * model.hidden_size * depths * 3 * operand
         return StageBytes(forward_S, late_S, np.zeros((4, len(split))))
 
     def activations(self, layout: Layout, global_batch_size: int) -> np.ndarray:

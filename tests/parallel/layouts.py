@@ -79,7 +79,12 @@ def reference_gradients(config: ModelConfig, num_samples: int, masked: bool = Fa
 
 
 def build(
-    config: ModelConfig, parallel: ParallelConfig, world: int, num_microbatches: int, overlap: bool = False
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    world: int,
+    num_microbatches: int,
+    overlap: bool = False,
+    precision: str = "fp64",
 ) -> tuple[Replica, Executor, Mesh]:
     """This rank's part, and its executor; one sequence a microbatch."""
     mesh = Mesh(MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world))
@@ -89,7 +94,7 @@ def build(
         parallel,
         mesh,
         schedule,
-        precision=PrecisionConfig("fp64"),
+        precision=PrecisionConfig(precision),
         device=torch.device("cpu"),
         seed=3,
         weight_decay=0.1,

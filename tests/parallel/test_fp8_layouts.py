@@ -1,0 +1,75 @@
+"""FP8 under layouts: recomputation, split backwards and overlap change no bit; FP8 payloads change next to nothing."""
+
+import gc
+
+import pytest
+import torch
+
+from infra.fp8.quantize import Quantized
+from parallel.config import ParallelConfig
+from tests.parallel.layouts import begin, build, tiny
+from tests.ranks import run_ranks
+
+MICROBATCHES = 4
+
+
+def gradients(rank, world, parallel, overlap=False):
+    """Of every bucket by name, after one step."""
+    config = tiny(hidden_size=160, moe_intermediate_size=48)
+    replica, executor, mesh = build(config, parallel, world, MICROBATCHES, overlap, precision="fp8")
+    begin(config, replica, mesh, MICROBATCHES)
+    executor.step()
+    return {
+        (name, replica.first_expert): grad.flatten().tolist()
+        for bucket in replica.buckets
+        for name, grad in bucket.views(bucket.grad).items()
+    }
+
+
+DUALPIPE = {
+    "pp": 2, "ep": 2, "schedule": "dualpipe", "dispatcher": "two_hop", "ranks_per_node": 2, "dispatch_dtype": "fp8"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, {}), (4, DUALPIPE)], ids=["alone", "dualpipe"])
+def test_recomputation_changes_no_bit(world, layout):
+    want = run_ranks(world, gradients, ParallelConfig(**layout))
+    for recompute in ("selective", "full"):
+        for overlap in (False, True) if world > 1 else (False,):
+            got = run_ranks(world, gradients, ParallelConfig(**layout, recompute=recompute), overlap)
+            assert got == want, (recompute, overlap)
+
+
+def distance(got, want):
+    names = {name for name, _ in want}
+    flat = [[torch.tensor(each[name, 0]) for name in sorted(names)] for each in (got, want)]
+    got, want = (torch.cat(tensors) for tensors in flat)
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_a_split_backward_and_fp8_payloads_are_the_same_training():
+    want = run_ranks(1, gradients, ParallelConfig())[0]
+    for layout in ({"schedule": "zb1p"}, {"dispatcher": "all_to_all", "dispatch_dtype": "fp8"}):
+        got = run_ranks(1, gradients, ParallelConfig(**layout))[0]
+        assert distance(got, want) < 1e-6, layout  # the rows of experts are rounded to the same powers of two
+
+
+def _decoded(rank, world):
+    """How many matrices in FP8 the experts' rows are in, and in BF16, while microbatches are in flight."""
+    config = tiny(hidden_size=160)
+    parallel = ParallelConfig(ep=2, dispatcher="all_to_all", dispatch_dtype="fp8")
+    replica, _, mesh = build(config, parallel, world, 1, precision="fp8")
+    begin(config, replica, mesh, 1)
+    (stage,) = replica.stages.values()
+    for _ in stage.forward(0, None):
+        pass
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    received = [t for t in tensors if hasattr(t, "quantized") and isinstance(t.quantized, Quantized)]
+    return [t.untyped_storage().nbytes() for t in received]
+
+
+def test_received_rows_wait_in_fp8_alone():
+    """No tensor of a forward that has ended still has the rows in BF16."""
+    for sizes in run_ranks(2, _decoded):
+        assert sizes == []
