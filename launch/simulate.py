@@ -104,7 +104,7 @@ class SimulateConfig:
     auto: AutoConfig = field(default_factory=AutoConfig)
     model: ModelConfig | None = None
     cluster: ClusterConfig | None = None  # costs are then the planner's, in seconds, but for those named here
-    layout: dict[str, Any] = field(default_factory=dict)  # with cluster=: {ep: 64, recompute: selective, ...}
+    layout: Any = None  # with cluster=, a dict: {ep: 64, recompute: selective, ...}
     sequence_length: int = 4096  # with cluster=
     unit: str = ""  # of the costs: a word for the pictures, the scale of the trace
     seed: int = 0  # of costs.jitter
@@ -242,7 +242,7 @@ def step(config: SimulateConfig, overrides: list[str]) -> Step:
     elif config.cluster is not None:
         schedule = schedule_of(config, costs)
         model = config.model or ModelConfig()
-        planned, notes = planned_costs(model, config.cluster, schedule, config.layout, config.sequence_length)
+        planned, notes = planned_costs(model, config.cluster, schedule, config.layout or {}, config.sequence_length)
         costs = replace(planned, send_when="slot_end", **named(costs, overrides))
     else:
         schedule = schedule_of(config, costs)

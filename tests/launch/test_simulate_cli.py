@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from launch import simulate as cli
 from launch.costs import costs_of
+from launch.validate import BATCH, V3, config_of, planner_of
 from parallel.pipeline.actions import Action
 from parallel.pipeline.passes import from_csv
 from parallel.pipeline.schedules import SCHEDULES
@@ -286,3 +287,29 @@ def test_the_process_says_one_line_and_imports_no_torch(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr == "error: dualpipe needs an even number of ranks, got 7: use 8, or dualpipev\n"
     assert {path.name for path in tmp_path.iterdir()} == {"DIR"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words", "near"),
+    [("1f1b", ", overlap: false", 1e-9), ("zbv", ", overlap: false", 1e-9), ("dualpipe", "", 5e-3)],
+)
+def test_a_cluster_and_a_model_give_the_planners_costs(
+    run, tmp_path: Path, schedule: str, words: str, near: float
+) -> None:
+    """The same step as the planner's; of pairs the simulator knows one mean."""
+    layout = f"layout={{ep: 64, recompute: selective, precision: fp8{words}}}"
+    common = ("cluster=h800_2048", "model=671b", "parallel.pp=16", "num_microbatches=120")
+    printed, refused = run(f"parallel.schedule={schedule}", *common, layout, "out=DIR")
+    assert refused == ""
+    assert "note: shapes outside the measured tables" in printed
+    told = report(tmp_path / "DIR")
+    assert told["unit"] == "s"
+    planner = planner_of(config_of("model=671b"))
+    expected = planner.step.simulate(replace(V3, schedule=schedule, overlap=not words), BATCH).total
+    assert told["step_time"] == pytest.approx(expected, rel=near)
+
+
+def test_a_word_that_no_layout_has_is_refused(run) -> None:
+    common = ("cluster=laptop", "model=debug", "parallel.pp=2")
+    assert "layout: word=epp: expected one of world" in run(*common, "layout={epp: 2}")[1]
+    assert "ep=3" in run(*common, "layout={ep: 3}")[1]
