@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from parallel.straggler import PHASES
 
-SLOW = 0.2  # of a step's time, spent waiting for one rank
+SLOW = 1 / 3  # of a step's time, spent waiting for one rank
 FOR_LONG = 10  # steps in a row
 
 
@@ -17,7 +17,7 @@ class Waits:
     def __init__(self) -> None:
         self._steps: Counter[int] = Counter()  # by straggler, as all below
         self._seconds: dict[int, float] = defaultdict(float)
-        self._phases: dict[int, Counter[str]] = defaultdict(Counter)
+        self._phases: dict[int, dict[str, float]] = defaultdict(lambda: dict.fromkeys(PHASES, 0.0))
         self._total = 0.0
         self._slow: tuple[int, int] = (-1, 0)  # a rank, and for how many steps in a row it has been slow
 
@@ -28,14 +28,15 @@ class Waits:
         self._seconds[rank] += wait
         self._total += record["step_time"]
         for phase in PHASES:
-            self._phases[rank][phase] += record[f"straggler_wait_{phase}"]  # type: ignore[assignment]
+            self._phases[rank][phase] += record[f"straggler_wait_{phase}"]
         is_slow = wait > SLOW * record["step_time"]
         self._slow = (rank, 1 + self._slow[1] * (self._slow[0] == rank)) if is_slow else (-1, 0)
         if self._slow != (rank, FOR_LONG):
             return None
         return (
             f"rank {rank} is slow: for {FOR_LONG} steps the others have waited for it, {wait:.3g} s of "
-            f"{record['step_time']:.3g} s in the last, most of it in {self._phases[rank].most_common(1)[0][0]}"
+            f"{record['step_time']:.3g} s in the last, most of it in {self._worst_phase(rank)}: a slow machine, or an "
+            "uneven share of the work"
         )
 
     def summary(self) -> str:
@@ -45,5 +46,9 @@ class Waits:
         rank = max(self._seconds, key=lambda rank: self._seconds[rank])
         return (
             f"rank {rank} in {self._steps[rank]} of {self._steps.total()} steps, {self._seconds[rank]:.3g} s of "
-            f"{self._total:.3g} s, most of it in {self._phases[rank].most_common(1)[0][0]}"
+            f"{self._total:.3g} s, most of it in {self._worst_phase(rank)}"
         )
+
+    def _worst_phase(self, rank: int) -> str:
+        seconds = self._phases[rank]
+        return max(seconds, key=lambda phase: seconds[phase])

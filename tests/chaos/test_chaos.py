@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from infra import checkpoint, incidents
-from infra.metrics import read_records
+from infra.metrics import FILE, read_records
 from tests.launch.runs import TIMES, config, in_folder, run_fit, small_data
 from tests.launch.test_pretrain_cli import ROOT, command
 from tests.parallel.layouts import tiny
@@ -30,25 +30,31 @@ RANKS = 2
 
 
 class Killer:
-    """Kills one of the processes of a run, again and again; `kills` says when each was: anywhere, or in a save."""
+    """Kills one of the processes of a run, again and again, at random moments of each kind in turn.
+
+    kills: in which kind of moment each was. longest: seconds after the start, or after the first step, to choose from.
+    """
+
+    KINDS = ("in a save", "in a step", "in a save", "at the start")
 
     def __init__(self, run: Path, seed: int, num_kills: int, longest: float):
-        self.checkpoints, self.rng = run / "checkpoints", random.Random(seed)
-        self.left, self.longest = num_kills, longest
+        self.run, self.rng, self.left, self.longest = run, random.Random(seed), num_kills, longest
         self.kills: list[str] = []
         self._last = 0.0  # kill; what is half-written from before it is nobody's save any more
 
     def strike(self, pids: Callable[[], Sequence[int]]) -> bool:
         """Waits for the moment and kills; False where the run was over before."""
-        in_a_save = self.rng.random() < 0.5
-        until = time.monotonic() + self.rng.uniform(0, self.longest)
-        is_due = self._is_inside_a_save if in_a_save else lambda: time.monotonic() > until
-        while not is_due():
+        kind = self.KINDS[len(self.kills) % len(self.KINDS)]
+        after = self.rng.uniform(0, self.longest)
+        began = time.monotonic() if kind == "at the start" else None
+        while not (self._is_inside_a_save() if kind == "in a save" else began and time.monotonic() > began + after):
             if not pids():
                 return False
+            if began is None and self._is_newer(self.run / FILE):
+                began = time.monotonic()
             time.sleep(0.0005)
         if victims := pids():
-            self.kills.append("in a save" if self._is_saving() else "anywhere")
+            self.kills.append(kind)
             os.kill(self.rng.choice(victims), signal.SIGKILL)
             self._last = time.time()
             self.left -= 1
@@ -61,9 +67,12 @@ class Killer:
         return self._is_saving()
 
     def _is_saving(self) -> bool:
+        return any(map(self._is_newer, (self.run / "checkpoints").glob(".step_*.writing")))
+
+    def _is_newer(self, file: Path) -> bool:
         try:
-            return any(folder.stat().st_mtime > self._last for folder in self.checkpoints.glob(".step_*.writing"))
-        except FileNotFoundError:  # it has just been named
+            return file.stat().st_mtime > self._last
+        except FileNotFoundError:  # not yet, or not any more
             return False
 
 
@@ -123,7 +132,6 @@ def test_forked_ranks_that_are_killed_and_started_again(tmp_path, request):
     else:
         raise AssertionError(f"the run came to no end; kills: {killer.kills}")
     assert len(killer.kills) == num_kills
-    assert "in a save" in killer.kills
     print(f"{len(killer.kills)} kills, {killer.kills.count('in a save')} of them in a save")
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
 
@@ -147,7 +155,7 @@ def test_torchrun_starts_killed_ranks_again_by_itself(tmp_path, request):
     subprocess.run(unbroken, check=True, cwd=ROOT, capture_output=True)
     started = command(*options, f"run.dir={tmp_path / 'broken'}", ranks=RANKS)
     started.insert(started.index("--standalone"), f"--max-restarts={num_kills}")
-    killer = Killer(tmp_path / "broken", 2, num_kills, longest=10.0)
+    killer = Killer(tmp_path / "broken", 2, num_kills, longest=4.0)
     log = tmp_path / "log"
     with log.open("w") as said:
         launcher = subprocess.Popen(started, stdout=said, stderr=said, cwd=ROOT)
