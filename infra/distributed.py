@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -84,6 +86,34 @@ def _environment() -> dict[str, str]:
     return {"RANK": "0", "WORLD_SIZE": "1"}
 
 
+def _of_this_attempt(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that no earlier attempt of this job has written to; collective.
+
+    torchrun hands the ranks that it starts again the store of those that died, where their addresses still stand: who
+    reads them connects to nobody, or waits for ever. Nothing in the environment tells attempts apart on all nodes. So
+    rank 0 invents a name and tells every rank that has said hello, under a word that this rank has invented; whoever
+    answered before was of an earlier attempt, and is not heard again.
+    """
+    mine = uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        store.wait([f"welcome/{mine}"], World.timeout)
+        name = store.get(f"welcome/{mine}").decode()
+        store.set(f"here/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, until = set(range(1, size)), time.monotonic() + World.timeout.total_seconds()
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"ranks {sorted(missing)} have not said hello in {World.timeout}: have they started?")
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
+            if store.check([f"here/{mine}/{other}"]):
+                missing.discard(other)
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
+
+
 def start() -> World:
     """Initialises the default process group and returns this process's place in it."""
     os.environ.update(_environment())
@@ -98,9 +128,13 @@ def start() -> World:
     if not cuda and size > 1 and "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    store: dist.Store | None = dist.HashStore() if size == 1 else None
+    if size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        shared, _, _ = next(dist.rendezvous("env://", rank, size, timeout=World.timeout))
+        store = _of_this_attempt(shared, rank, size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.HashStore() if size == 1 else None,
+        store=store,
         rank=rank,
         world_size=size,
         timeout=World.timeout,

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
+from infra import distributed
 from infra.distributed import _environment, _free_port, any_rank, largest
 from tests.ranks import run_ranks
 
@@ -82,3 +85,23 @@ def test_every_rank_hears_the_largest():
     assert run_ranks(3, _agree) == [(2 / 3, True, False)] * 3
     assert largest(0.25) == 0.25
     assert any_rank(True)
+
+
+def _attempt(store: dist.Store, label: str, ranks: int = 4) -> list[set[str]]:
+    """What each of so many ranks, threads here, finds in its part of the store after all have left a mark there."""
+
+    def start(rank: int) -> set[str]:
+        part = distributed._of_this_attempt(store, rank, ranks)
+        part.set(f"mark/{rank}", f"{label} {rank}")
+        return {part.get(f"mark/{other}").decode() for other in range(ranks)}
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(start, range(ranks)))
+
+
+def test_every_attempt_has_a_part_of_the_store_for_itself():
+    """torchrun hands one store to all attempts; some ranks of an earlier one died between hello and welcome."""
+    store = dist.HashStore()
+    for label in ("first", "second", "third"):
+        assert _attempt(store, label) == [{f"{label} {rank}" for rank in range(4)}] * 4
+        store.set("hello/2", "said by a rank that has died")
