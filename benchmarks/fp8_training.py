@@ -135,7 +135,9 @@ def compare(run: Run, runs: Path) -> Comparison:
 
 
 def gradient_distances(run: Run, data: Path, runs: Path, world: World) -> list[float]:
-    """|g - g_fp32| / |g_fp32| of a batch, in BF16 and under each recipe, at the weights of the BF16 run's end."""
+    """|g - g_fp32| / |g_fp32| of a batch, in BF16 and under each recipe, at the weights of the BF16 run's end.
+
+    Kept in a file beside the runs."""
     folder = runs / run._replace(recipe="bf16").name / "checkpoints" / f"step_{run.steps}"
 
     def gradient(recipe: str) -> torch.Tensor:
@@ -145,9 +147,12 @@ def gradient_distances(run: Run, data: Path, runs: Path, world: World) -> list[f
         trainer._run(trainer.train_data, 0, GRADIENT_BATCH, share=0.0, training=True)
         return torch.cat([bucket.grad.double() for bucket in trainer.replica.buckets])
 
-    exact = gradient("fp32")
-    recipes = track(("bf16", *GRADIENT_RECIPES), description=f"gradients of {run.model}")
-    return [((gradient(recipe) - exact).norm() / exact.norm()).item() for recipe in recipes]
+    file = runs / f"gradients-{run.model}.json"
+    if not file.exists():
+        exact = gradient("fp32")
+        recipes = track(("bf16", *GRADIENT_RECIPES), description=f"gradients of {run.model}")
+        file.write_text(json.dumps([((gradient(r) - exact).norm() / exact.norm()).item() for r in recipes]))
+    return json.loads(file.read_text())
 
 
 def report(args: argparse.Namespace, world: World) -> None:
@@ -170,12 +175,13 @@ def report(args: argparse.Namespace, world: World) -> None:
             f"| {c.run.model} | {c.run.recipe} | {c.run.seed} | {c.run.steps} | {c.loss:.4f} | {c.bf16:.4f} | "
             f"{c.off:+.3%} | {c.off_held_out:+.3%} | {c.deviation:.3%} |"
         )
-    lines += ["", "Distance of the gradient of one batch from FP32's, at the weights that the BF16 run ended with:", ""]
+    lines += ["", "Distance of the gradient of one batch from FP32's, at the weights that a BF16 run ended with:", ""]
     lines += ["| model | " + " | ".join(("bf16", *GRADIENT_RECIPES)) + " |", "|---" * (2 + len(GRADIENT_RECIPES)) + "|"]
     for model in MODELS:
         run = next(run for run in RUNS if run.model == model and run.recipe == "bf16")
-        distances = gradient_distances(run, args.data, args.runs, world)
-        lines.append(f"| {model} | " + " | ".join(f"{value:.3%}" for value in distances) + " |")
+        if is_finished(run, args.runs):
+            distances = gradient_distances(run, args.data, args.runs, world)
+            lines.append(f"| {model} | " + " | ".join(f"{value:.3%}" for value in distances) + " |")
     picture = args.report.with_suffix(".png")
     lines += ["", f"![loss relative to BF16's, step by step]({picture.name})", ""]
     beside = args.report.with_suffix(".partial")
