@@ -65,16 +65,17 @@ def test_plans_are_swept_in_processes_and_what_cannot_be_says_why(tmp_path: Path
 def test_training_runs_are_swept_with_their_ranks(tmp_path: Path) -> None:
     words = (
         "train.steps=2", "train.global_batch_size=4", "train.microbatch_size=1", "train.eval_samples=4",
-        "data.sequence_length=24", f"data.path={small_data(tmp_path)}", "parallel.pp=1,2", "train.seed=0,1",
+        "data.sequence_length=24", f"data.path={small_data(tmp_path)}", "parallel.pp=1,2,5",
     )  # fmt: skip
     done = run(tmp_path, "pretrain.py", "-m", *words, "parallel.schedule=1f1b", "run.dir=r")
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((tmp_path / "r/summary.csv").open()))
-    assert sorted((row["parallel.pp"], row["ranks"]) for row in rows) == [("1", "1")] * 2 + [("2", "2")] * 2
-    assert sorted(path.name for path in (tmp_path / "r").iterdir() if path.is_dir()) == ["000", "001", "002", "003"]
-    losses = {(row["parallel.pp"], row["train.seed"]): float(row["loss"]) for row in rows}
-    assert losses["1", "0"] == pytest.approx(losses["2", "0"], rel=1e-4)  # a layout never changes the mathematics
-    assert losses["1", "0"] != pytest.approx(losses["1", "1"], rel=1e-4)
+    rows = {row["parallel.pp"]: row for row in csv.DictReader((tmp_path / "r/summary.csv").open())}
+    assert {pp: rows[pp]["ranks"] for pp in "12"} == {"1": "1", "2": "2"}
+    assert float(rows["1"]["loss"]) == pytest.approx(
+        float(rows["2"]["loss"]), rel=1e-3
+    )  # one curve, whatever the layout
+    assert "4 layers" in rows["5"]["note"]  # five stages, which a run's own line refuses
+    assert rows["5"]["note"] in done.stderr
+    assert {path.name for path in (tmp_path / "r").iterdir() if path.is_dir()} >= {"000", "001"}
 
 
 @pytest.mark.slow
