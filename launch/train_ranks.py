@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from conf.schema import Config
+from launch.errors import TRACES
 from launch.sweep import job_number
 
 SHOWN = ("loss", "eval_nats_per_byte", "step_time", "tokens_per_second", "bubble", "peak_memory_gb")
@@ -32,8 +33,9 @@ def train_ranks(config: Config) -> dict[str, Any]:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"),
         *(str(SCRIPT), *words, f"run.dir={folder}"),
     ]
-    environment = {"OMP_NUM_THREADS": "1"} if num_ranks > 1 else {}
-    done = subprocess.run(command, env=environment | os.environ, text=True, capture_output=True)
+    environment = ({"OMP_NUM_THREADS": "1"} if num_ranks > 1 else {}) | os.environ
+    environment["HYDRA_FULL_ERROR"] = "1" if TRACES else "0"  # here it is 1, while `one_line_errors` lasts
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         line = said[0].removeprefix("error: ") if said else " ".join(done.stderr.split()[-20:])
