@@ -101,4 +101,6 @@ def cross_entropy(
         microbatches add up. gradient: of this loss in what is minimised, if it is known; it is then a promise.
     Returns: a scalar in float32 (float64 of float64), nats.
     """
-    return _CrossEntropy.apply(h_TD, head.weight, labels_T, normaliser, head.weight_grad, gradient)
+    # detached where nothing is learnt: autograd says that a parameter needs its gradient even then
+    weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
+    return _CrossEntropy.apply(h_TD, weight, labels_T, normaliser, head.weight_grad, gradient)

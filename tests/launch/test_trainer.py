@@ -119,6 +119,21 @@ def test_resume_is_bit_identical_in_a_ramp_and_a_cosine_under_a_pipeline(data, t
     assert len({record["lr"] for record in records}) > 1
 
 
+def _curve(rank, world_size, config, evaluates):
+    trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
+    records = []
+    for _ in range(3):
+        records.append(trainer.train_step()[0])
+        if evaluates:
+            trainer.evaluate()
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def test_nothing_is_learnt_from_what_is_held_out(data):
+    settings = config(data)
+    assert run_ranks(1, _curve, settings, True) == run_ranks(1, _curve, settings, False)
+
+
 def _bytes_around_an_evaluation(rank, world_size, config):
     trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
     before = trainer.train_step()[0]
