@@ -78,7 +78,7 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """Prints a line above the live one."""
-        self._console.print(line)
+        self._console.print(line, markup=False)
 
     def write(self, record: Record, histograms: Mapping[str, Any] | None = None) -> None:
         """Write down one step.

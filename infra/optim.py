@@ -142,8 +142,9 @@ class Reduction:
     Starts when it is made, and goes on beside what the caller does until it waits.
     """
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._start = self._end = time.perf_counter()
+        self._devices = {bucket.device for bucket in buckets if bucket.device.type == "cuda"}
         self._works = [work for bucket in buckets if (work := bucket.start_reduction())]
         self._watch = threading.Thread(target=self._note_end, daemon=True)
         if self._works:
@@ -154,6 +155,8 @@ class Reduction:
         with suppress(RuntimeError):  # `wait` raises it
             for work in self._works:
                 work.wait()
+            for device in self._devices:  # there `wait` has only queued the wait
+                torch.cuda.current_stream(device).synchronize()
         self._end = time.perf_counter()
 
     def wait(self) -> tuple[float, float]:

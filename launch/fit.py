@@ -168,7 +168,7 @@ def resume(trainer: Trainer) -> None:
     step = int(largest(step))
     if step >= 0:
         trainer.load(checkpoints / f"step_{step}")
-        trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
+    trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
 
 
 def _note_skipped_step(trainer: Trainer, record: Mapping[str, float], metrics: Metrics | None) -> None:

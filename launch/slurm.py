@@ -75,9 +75,9 @@ class SlurmConfig:
         for name, value in words.items():
             if value is not None and not re.fullmatch(r"[\w.,:=@%+-]+", str(value)):
                 raise ValueError(f"{name}={value}: sbatch options are letters, digits and . , : = @ % + - _")
-        if not re.fullmatch(r"[\w/.+@-]+", self.run.dir):
+        if not re.fullmatch(r"[\w/.+@-]+", str(folder := Path(self.run.dir).resolve())):
             only = "letters, digits and / . + @ - _ only"
-            raise ValueError(f"run.dir={self.run.dir!r}: sbatch and Hydra read it, so {only}")
+            raise ValueError(f"run.dir={str(folder)!r}: sbatch and Hydra read it, so {only}")
         for option in self.sbatch:
             if not re.fullmatch(r"[a-z][a-z-]*", option):
                 raise ValueError(f"sbatch.{option}: no long option of sbatch, such as qos or mail-type")
@@ -105,9 +105,18 @@ def checked_words(config: SlurmConfig, words: list[str]) -> list[str]:
 
 
 def snapshot_code(target: Path) -> int:
-    """Copies every file that git tracks or would track; returns how many. Raises ValueError outside a repository."""
+    """Copies every file that git tracks or would track; returns how many. Raises ValueError outside a repository, and
+    where git would track the copy."""
+    git = ["git", "-C", str(ROOT)]
+    if (
+        target.resolve().is_relative_to(ROOT)
+        and subprocess.run([*git, "check-ignore", "-q", target.resolve()]).returncode
+    ):
+        raise ValueError(
+            f"run.dir={target.parent} is part of the code that a run takes along: use runs/NAME, or a folder elsewhere"
+        )
     listed = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        [*git, "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         capture_output=True, text=True,
     )  # fmt: skip
     if listed.returncode:

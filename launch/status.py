@@ -145,7 +145,7 @@ def main() -> None:
         found = figures(folder, time.time())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    Console(highlight=False).print(shown(folder, found))
+    Console(highlight=False, markup=False).print(shown(folder, found))
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class MemoryModel:
         else:
             buffers, workspace = self._buffers(layout), self._workspace(layout)
         known = states.total + held + buffers + workspace
-        context = CONTEXT if self.step.cluster.node_gbs > 1 else 0.0
+        context = CONTEXT if self.step.cluster.comm_sms else 0.0  # a CPU has no multiprocessors to lend
         return RankMemory(
             states.weights, states.gradients, states.optimizer, held, buffers, workspace,
             context + FRAGMENTATION * known, states.ema_host,

@@ -81,6 +81,23 @@ def test_the_code_is_that_of_this_moment(run, tmp_path: Path) -> None:
     assert not stale.exists()
 
 
+def test_a_run_folder_is_no_part_of_the_code_it_takes_along(run, tmp_path: Path, monkeypatch) -> None:
+    """Else each submission would copy the copy before, and the checkpoints."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    monkeypatch.setattr(slurm, "ROOT", tmp_path)
+    assert "run.dir=mine is part of the code" in run(f"line={LINE}", "nodes=1", "run.dir=mine")[1]
+    assert run(f"line={LINE}", "nodes=1", "run.dir=runs/mine")[1] == ""
+    assert not (tmp_path / "mine/code").exists()
+    assert (tmp_path / "runs/mine/code/.gitignore").exists()
+
+
+def test_signs_that_sbatch_would_misread_are_refused_in_the_whole_path(run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "two words").mkdir()
+    monkeypatch.chdir(tmp_path / "two words")
+    assert "two words/r': sbatch and Hydra read it" in run(f"line={LINE}", "nodes=1", "run.dir=r")[1]
+
+
 def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
     rows = [{"line": "model=debug", "ranks": 8}, {"line": LINE, "ranks": 16}]
     (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
@@ -123,7 +140,7 @@ def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_
         ([f"line={LINE}", "nodes=1", "name=a b"], "name=a b: sbatch options are letters"),
         ([f"line={LINE}", "nodes=1", "sbatch.qos=a;b"], "sbatch.qos=a;b: sbatch options are letters"),
         ([f"line={LINE}", "nodes=1", "time=soon"], "time=soon: write it as Slurm does"),
-        ([f"line={LINE}", "nodes=1", "run.dir=a b"], "run.dir='a b'"),
+        ([f"line={LINE}", "nodes=1", "run.dir=a b"], "/a b': sbatch and Hydra read it"),
         (["plan=none.json", "nodes=1"], "none.json: No such file"),
         (["nodes"], "nodes: not of the form option=value"),
     ],

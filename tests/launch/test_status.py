@@ -62,9 +62,13 @@ def test_a_run_that_is_going_on(tmp_path):
 
 
 def test_the_command_prints_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["status.py", str(a_run(tmp_path / "run", steps=100, done=60))])
+    run = a_run(tmp_path / "run", steps=100, done=60)
+    incidents.note(run, "hang", 7, "in [/attend] of [red]")  # no markup
+    monkeypatch.setattr(sys, "argv", ["status.py", str(run)])
     status.main()
-    assert "step 60/100" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "step 60/100" in shown
+    assert "in [/attend] of [red]" in shown
 
 
 def test_a_run_that_is_over_and_one_that_is_dead(tmp_path):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from launch.summary import as_html
 from launch.sweep import show_rows
+from launch.train_ranks import check_same_run
 from tests.launch.runs import small_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,14 @@ def test_a_page_without_a_plot_has_no_axes() -> None:
     assert '"axes": null' in page
 
 
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    check_same_run(tmp_path, ["train.seed=1"])
+    (tmp_path / "config.yaml").write_text("# revision: abc\n# overrides: train.seed=1 run.dir=r/000\ntrain: {}\n")
+    check_same_run(tmp_path, ["train.seed=1", "run.dir=r/000"])
+    with pytest.raises(RuntimeError, match=r"holds another run \(train.seed=1 run.dir=r/000\): choose another run.dir"):
+        check_same_run(tmp_path, ["train.seed=2", "run.dir=r/000"])
+
+
 @pytest.mark.slow
 def test_plans_are_swept_in_processes_and_what_cannot_be_says_why(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib"] if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") else []
@@ -76,6 +85,9 @@ def test_training_runs_are_swept_with_their_ranks(tmp_path: Path) -> None:
     assert "4 layers" in rows["5"]["note"]  # five stages, which a run's own line refuses
     assert rows["5"]["note"] in done.stderr
     assert {path.name for path in (tmp_path / "r").iterdir() if path.is_dir()} >= {"000", "001"}
+    again = run(tmp_path, "pretrain.py", "-m", *words[:-1], "parallel.pp=1,4", "parallel.schedule=1f1b", "run.dir=r")
+    assert "r/001 holds another run" in again.stderr
+    assert "r/000 holds" not in again.stderr
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 
 from launch.validate import BATCH, V3, config_of
 from parallel.pipeline.actions import Op
-from parallel.plan.layout import RECOMPUTES, schedule_of
-from parallel.plan.memory import STEADY, MemoryModel, curves, kept, smallest_change
+from parallel.plan.layout import RECOMPUTES, Layout, schedule_of
+from parallel.plan.memory import CONTEXT, FRAGMENTATION, STEADY, MemoryModel, curves, kept, smallest_change
 from parallel.plan.step import StepModel
 
 NAMES = ("gpipe", "1f1b", "interleaved_1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")
@@ -101,3 +101,15 @@ def test_the_smallest_change_makes_it_fit(memory: MemoryModel) -> None:
         assert found[1].total <= 80e9
         assert found[0].differs(replace(V3, **words))
     assert smallest_change(memory, replace(V3, ep=1, dispatcher="local"), BATCH) is None
+
+
+def test_only_devices_have_a_context() -> None:
+    """However fast the messages of a calibrated CPU are."""
+    config = config_of("model=debug", "cluster=laptop")
+    cpu, device = (replace(config.cluster, node_gbs=5.0, comm_sms=sms) for sms in (0, 1))
+    layout = Layout(4, 4, pp=2, schedule="1f1b", microbatch_size=1)
+    margins = []
+    for cluster in (cpu, device):
+        held = MemoryModel(StepModel(config.model, cluster, 256)).fullest(layout, 16)
+        margins.append(held.margin - FRAGMENTATION / (1 + FRAGMENTATION) * (held.total - CONTEXT * (cluster is device)))
+    assert margins == pytest.approx([0.0, CONTEXT], abs=1.0)
