@@ -30,6 +30,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from infra.distributed import largest
 from infra.tensor_file import save_tensors
 
 FORMAT = 1
@@ -122,24 +123,34 @@ def step_of(folder: Path) -> int:
 
 
 def whole(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Iterator[Checkpoint]:
-    """The whole checkpoints under `root`, newest first, every byte read.
+    """The whole checkpoints under `root`, newest first, every byte read: by all ranks, some files each. Collective over
+    the world.
 
-    damaged: told the folder, and what is wrong with it, of those that are passed over; a warning says so in any case.
+    damaged: told, on one rank that found it, the folder and what is wrong with it, of those that are passed over; a
+    warning says so in any case.
     """
-    for folder in reversed(folders(root)):
+    rank, world_size = _place()
+    steps = iter([step_of(folder) for folder in reversed(folders(root))] if rank == 0 else [])
+    while (step := int(largest(next(steps, -1)))) >= 0:
+        folder, wrong = root / f"step_{step}", ""
+        saved: Checkpoint | None = None
         try:
             saved = Checkpoint(folder)
-            saved.verify()
+            saved.verify(rank, world_size)
         except CheckpointError as error:
-            warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+            wrong = str(error)
+        finder = int(largest(rank if wrong else -1))
+        if finder == rank:
+            warnings.warn(f"passing over a damaged checkpoint: {wrong}", stacklevel=2)
             if damaged:
-                damaged(folder, str(error))
-        else:
+                damaged(folder, wrong)
+        if finder < 0:
+            assert saved is not None
             yield saved
 
 
 def newest(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint under `root`; those that are damaged are passed over, as in `whole`."""
+    """The newest whole checkpoint under `root`; those that are damaged are passed over, as in `whole`. Collective."""
     return next((saved.folder for saved in whole(root, damaged)), None)
 
 
@@ -168,9 +179,11 @@ class Checkpoint:
         for places in self._places.values():
             places.sort()
 
-    def verify(self) -> None:
-        """Reads every byte. Raises CheckpointError naming the file that is missing, truncated or altered."""
-        for name, entry in self._files.items():
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every byte, or those of one of so many parts of the files. Raises CheckpointError naming the file that
+        is missing, truncated or altered.
+        """
+        for name, entry in list(self._files.items())[part::parts]:
             file = self.folder / name
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing")

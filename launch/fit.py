@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config
 from infra import checkpoint, incidents
-from infra.distributed import World, any_rank, largest
+from infra.distributed import World, any_rank
 from infra.metrics import Metrics, read_records
 from infra.prepare import prepare_default
 from infra.token_file import read_tokenizer
@@ -134,12 +134,12 @@ def fit(trainer: Trainer) -> None:
 def resume(trainer: Trainer) -> None:
     """Continues from the newest whole checkpoint of the run folder, if there is one. Collective.
 
-    Rank 0 looks and reads every byte. Raises ValueError where there are checkpoints and the config wants none of them,
-    or all are damaged.
+    Every byte is read. Raises ValueError where there are checkpoints and the config wants none of them, or all are
+    damaged.
     """
     config, folder = trainer.config, Path(trainer.config.run.dir)
     checkpoints = folder / "checkpoints"
-    step = -1
+    existing: list[Path] = []
 
     def note_damage(damaged: Path, why: str) -> None:
         incidents.note(folder, "damaged_checkpoint", checkpoint.step_of(damaged), why)
@@ -149,13 +149,14 @@ def resume(trainer: Trainer) -> None:
             why = f"{half} was half-written, and is removed"
             warnings.warn(why, stacklevel=2)
             incidents.note(folder, "half_written_checkpoint", at, why)
-    if trainer.world.is_main and (existing := checkpoint.folders(checkpoints)):
-        if not config.checkpoint.resume:
+        existing = checkpoint.folders(checkpoints)
+        if existing and not config.checkpoint.resume:
             raise ValueError(
                 f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
                 "choose another run.dir, or checkpoint.resume=true to go on with that one"
             )
-        newest = checkpoint.newest(checkpoints, note_damage)
+    newest = checkpoint.newest(checkpoints, note_damage)
+    if existing:
         if newest is None:
             raise ValueError(f"all {len(existing)} checkpoints in {checkpoints} are damaged: choose another run.dir")
         step = checkpoint.step_of(newest)
@@ -165,9 +166,8 @@ def resume(trainer: Trainer) -> None:
         incidents.note(
             folder, "resumed", step, f"from step {step}, {lost} steps are repeated", lost=lost, attempt=attempt
         )
-    step = int(largest(step))
-    if step >= 0:
-        trainer.load(checkpoints / f"step_{step}")
+    if newest is not None:
+        trainer.load(newest)
     trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from infra import checkpoint, incidents
-from infra.distributed import largest
 from infra.spike import Window, pass_over
 from launch.files import save
 from launch.trainer import Trainer
@@ -29,10 +28,9 @@ def roll_back(trainer: Trainer, loss: float) -> bool:
     folder, losses = Path(trainer.config.run.dir), trainer.losses
     start, end = losses.suspect
     all_left_out = [*losses.left_out, (start, end)]
-    target = -1
     trainer.saver.wait()
+    target = _step_before(folder / "checkpoints", start, losses.left_out)
     if trainer.world.is_main:
-        target = _step_before(folder / "checkpoints", start, losses.left_out)
         what = f"loss {loss:.4g} is a spike"
         if target < 0:
             why = f"{what}, but no checkpoint is from before its data: going on (checkpoint.every makes some)"
@@ -44,7 +42,6 @@ def roll_back(trainer: Trainer, loss: float) -> bool:
             save(folder / FILE, json.dumps(all_left_out))
             why = f"{what}: back to step {target}, and on without samples {start} to {end - 1}"
             incidents.note(folder, "rollback", trainer.step, why, loss=loss, to=target, left_out=[start, end])
-    target = int(largest(target))
     if target < 0:
         losses.forget()
         return False
@@ -65,7 +62,7 @@ def left_out(folder: Path) -> list[Window]:
 
 
 def _step_before(checkpoints: Path, start: int, earlier: list[Window]) -> int:
-    """The step of the newest whole checkpoint that has not seen global sample `start`, or -1."""
+    """The step of the newest whole checkpoint that has not seen global sample `start`, or -1. Collective."""
     for saved in checkpoint.whole(checkpoints):
         if pass_over(np.array(saved.meta["samples"]), earlier) <= start:
             return saved.meta["step"]

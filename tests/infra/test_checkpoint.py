@@ -5,6 +5,7 @@ import pickle
 import random
 import resource
 import stat
+import warnings
 
 import pytest
 import torch
@@ -170,6 +171,42 @@ def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
             assert checkpoint.newest(tmp_path) == tmp_path / "step_1"
         file.write_bytes(whole)
     Checkpoint(folder).verify()
+
+
+def _newest_together(rank, world_size, root):
+    told, read, checksum = [], [], checkpoint._checksum
+
+    def noted(file):
+        read.append((file.parent.name, file.name))
+        return checksum(file)
+
+    checkpoint._checksum = noted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        newest = checkpoint.newest(root, lambda folder, why: told.append((folder.name, why)))
+    return newest, told, read
+
+
+def _save_on_each(rank, world_size, root):
+    for step in (1, 2, 3):
+        checkpoint.save(root, step, _tensors(rank), {}, keep=3)
+
+
+def test_ranks_share_the_reading_and_agree_on_what_is_damaged(tmp_path):
+    run_ranks(3, _save_on_each, tmp_path)
+    (tmp_path / "step_3" / "index.json").write_text("{")  # which all ranks see
+    file = tmp_path / "step_2" / "rank_00002.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    newest, told, read = zip(*run_ranks(3, _newest_together, tmp_path), strict=True)
+    assert set(newest) == {tmp_path / "step_1"}
+    (broken, why), (altered, where) = sorted((one for some in told for one in some), reverse=True)
+    assert (broken, altered) == ("step_3", "step_2")
+    assert "index.json" in why
+    assert "rank_00002.safetensors is damaged" in where
+    for rank, files in enumerate(read):
+        assert files == [(f"step_{step}", f"rank_{rank:05d}.safetensors") for step in (2, 1)]
 
 
 def test_a_missing_file_is_named(tmp_path):
