@@ -6,8 +6,9 @@ Ranks that shared a core would fill each other's waits. So attention and experts
 real rows travel over the links of pp x ep 2 ranks, and few cores can play many. Every rank is a node with a network
 card of its own, as H800 nodes have one a GPU; links are set so that the all-to-alls of a step take 30, 60 and 100 % of
 its compute time. A pipeline runs 8 microbatches a rank, about as V3 did (120 on 16). DualPipe and 1F1B, with and
-without overlap, in turn in the same processes, beside the simulator's prediction, which knows the sleeps, the bytes and
-the rate of the links and nothing else. With real computing: overlap_computing.py.
+without overlap, in turn in the same processes, beside the simulator's prediction, which knows the sleeps, what one
+dispatch and combine take when nothing else runs (measured first), and the bytes between pipeline ranks. With real
+computing: overlap_computing.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +29,9 @@ from infra import distributed
 from measuring.cluster import from_rank, on_cluster
 from measuring.pipelined_step import PipelinedStep, in_turn
 from measuring.ratios import ratios, setting, shown
-from measuring.sleeping_layers import NUM_EXPERTS, PHASE, ROW_BYTES, TOKENS, TOP_K, evenly, sleeping_stages
+from measuring.sleeping_layers import HIDDEN, NUM_EXPERTS, PHASE, ROW_BYTES, TOKENS, TOP_K, evenly, sleeping_stages
 from parallel.expert import DISPATCHERS
-from parallel.expert.dispatcher import DispatchConfig
+from parallel.expert.dispatcher import DispatchConfig, Dispatcher
 from parallel.mesh import Mesh, MeshConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import pair_up
@@ -38,7 +41,6 @@ from parallel.pipeline.simulate import Costs, simulate
 EP = 2
 LAYER = 6 * PHASE  # seconds of compute of one layer: F, I and W of attention and of the experts
 MICROBATCHES = 8  # a pipeline rank
-
 
 VARIANTS = {  # name: (schedule, whether it is paired up, overlap)
     "1f1b, in turn": ("1f1b", False, False),
@@ -55,8 +57,26 @@ def schedule_of(name: str, pp: int) -> Schedule:
     return pair_up(schedule) if paired else schedule
 
 
+def exchange_seconds(dispatcher: Dispatcher, rounds: int = 9) -> float:
+    """Of one dispatch and combine of a layer's rows while all ranks do the same; the slowest rank's, the median."""
+    x_TD, topk_idx_TK = torch.zeros(TOKENS, HIDDEN), evenly()
+    weights_TK = torch.full(topk_idx_TK.shape, 1 / TOP_K)
+    seconds = []
+    for _ in range(rounds):
+        dist.barrier()
+        began = time.perf_counter()
+        routed = dispatcher.start_dispatch(x_TD, topk_idx_TK, weights_TK).wait()
+        dispatcher.start_combine(routed.x_RD, routed.handle).wait()
+        took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        dist.all_reduce(took, op=dist.ReduceOp.MAX)
+        seconds.append(took.item())
+    dispatcher.times.take()
+    dispatcher.traffic.record()
+    return statistics.median(seconds)
+
+
 def measure_rank(rounds: int) -> dict[str, Any]:
-    """On every rank of the cluster: all variants in turn."""
+    """On every rank of the cluster: one exchange, then all variants in turn."""
     world = distributed.start()
     pp = world.size // EP
     mesh = Mesh(MeshConfig(pp=pp, ep=EP, ranks_per_node=1, world=world.size))
@@ -68,9 +88,10 @@ def measure_rank(rounds: int) -> dict[str, Any]:
             schedule, sleeping_stages(schedule, mesh, dispatcher, 2 * pp, evenly()), mesh, dispatcher, overlap
         )
     tokens_MBL = torch.zeros(MICROBATCHES * pp, 1, TOKENS + 1, dtype=torch.int64)
+    exchange = exchange_seconds(dispatcher)
     results = in_turn(steps, tokens_MBL, rounds)
     distributed.stop()
-    return results
+    return {"exchange": exchange, "steps": results}
 
 
 def rate_for(share: float) -> float:
@@ -79,10 +100,10 @@ def rate_for(share: float) -> float:
     return 4 * rows * ROW_BYTES * 8 / (share * LAYER)
 
 
-def predicted(name: str, pp: int, share: float) -> float:
-    """The simulator's step time: alone, a slot's travel is all exposed; in a pair, none is."""
+def predicted(name: str, pp: int, share: float, exchange: float) -> float:
+    """The simulator's step time: alone, a slot's exchanges are all exposed; in a pair, none is."""
     _, _, overlap = VARIANTS[name]
-    third, travel = 2 * LAYER / 3, 2 * share * LAYER / 2  # of the two layers of 1/PP of the model, F or I or W
+    third, travel = 2 * LAYER / 3, 2 * exchange  # of the two layers of 1/PP of the model: F or I or W; F or I
     whole = 3 * third + 2 * travel
     costs = Costs(
         f=third + travel,
@@ -95,11 +116,12 @@ def predicted(name: str, pp: int, share: float) -> float:
     return simulate(schedule_of(name, pp), costs).step_time
 
 
-def show(world: int, share: float, results: dict[str, Any], console: Console) -> None:
+def show(world: int, share: float, exchange: float, results: dict[str, Any], console: Console) -> None:
     """Adds the prediction to each variant's results, and prints them."""
     pp = world // EP
     shape = f"pp {pp} x ep {EP}, {MICROBATCHES * pp} microbatches"
-    table = Table(title=f"{shape}, all-to-all {share:.0%} of compute, {rate_for(share) / 1e6:.0f} Mbit/s")
+    links = f"{rate_for(share) / 1e6:.0f} Mbit/s, dispatch and combine {1e3 * exchange:.1f} ms"
+    table = Table(title=f"{shape}, all-to-all {share:.0%} of compute: {links}")
     for column in (
         "schedule",
         "step",
@@ -112,7 +134,7 @@ def show(world: int, share: float, results: dict[str, Any], console: Console) ->
         table.add_column(column, justify="right")
     base = results["1f1b, in turn"]["seconds"]
     for name, figures in results.items():
-        figures["simulated"] = predicted(name, pp, share)
+        figures["simulated"] = predicted(name, pp, share, exchange)
         seconds = figures["seconds"]
         median = statistics.median(seconds)
         same_in_turn = results.get(f"{name.split(' ')[0].rstrip(',')}, in turn")
@@ -140,13 +162,13 @@ def main() -> None:
     if options.rank:
         from_rank(measure_rank(options.rank), options.out)
         return
-    console = Console(width=130)
+    console = Console(width=150)
     rows = []
     for world in options.ranks:
         for share in options.shares:
             results = on_cluster(__file__, world, 1, rate_for(share), [options.rounds])
-            show(world, share, results, console)
-            rows.append({"world": world, "share": share, "results": results})
+            show(world, share, results["exchange"], results["steps"], console)
+            rows.append({"world": world, "share": share, **results})
     options.out.write_text(json.dumps(setting() | {"rows": rows}, indent=1))
     console.print(f"written to {options.out}")
 
