@@ -106,6 +106,10 @@ class RunConfig:
     trace: bool = True
     ranks: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir= is empty: name a folder, such as runs/first")
+
 
 @dataclass
 class Config:

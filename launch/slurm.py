@@ -75,6 +75,8 @@ class SlurmConfig:
         for name, value in words.items():
             if value is not None and not re.fullmatch(r"[\w.,:=@%+-]+", str(value)):
                 raise ValueError(f"{name}={value}: sbatch options are letters, digits and . , : = @ % + - _")
+        if not self.run.dir:
+            raise ValueError("run.dir= is empty: name a folder, such as runs/first")
         if not re.fullmatch(r"[\w/.+@-]+", str(folder := Path(self.run.dir).resolve())):
             only = "letters, digits and / . + @ - _ only"
             raise ValueError(f"run.dir={str(folder)!r}: sbatch and Hydra read it, so {only}")
@@ -87,11 +89,15 @@ def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     """(overrides of launch/pretrain.py, ranks where a plan says so)"""
     if config.line is not None:
         return shlex.split(config.line), None
-    rows = json.loads(Path(str(config.plan)).read_text(encoding="utf-8"))["rows"]
-    if not 1 <= config.row <= len(rows):
-        raise ValueError(f"row={config.row}: {config.plan} has {len(rows)} rows")
-    row = rows[config.row - 1]
-    return shlex.split(row["line"]), int(row["ranks"])
+    try:
+        rows = json.loads(Path(str(config.plan)).read_text(encoding="utf-8"))["rows"]
+        lines = [(str(row["line"]), int(row["ranks"])) for row in rows]
+    except (ValueError, KeyError, TypeError):  # no JSON, or another's
+        raise ValueError(f"plan={config.plan} is not a plan.json of launch/plan.py (out=DIR writes one)") from None
+    if not 1 <= config.row <= len(lines):
+        raise ValueError(f"row={config.row}: {config.plan} has {len(lines)} rows")
+    line, ranks = lines[config.row - 1]
+    return shlex.split(line), ranks
 
 
 def checked_words(config: SlurmConfig, words: list[str]) -> list[str]:

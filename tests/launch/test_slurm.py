@@ -104,6 +104,8 @@ def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
     assert run("plan=plan.json", "row=2", "run.dir=r")[1] == ""
     assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
     assert "parallel.pp=2" in (tmp_path / "r/config.line").read_text()
+    (tmp_path / "other.json").write_text('{"rows": [{"ranks": 8}]}')
+    assert "other.json is not a plan.json of launch/plan.py" in run("plan=other.json", "run.dir=r")[1]
     assert "row=3: plan.json has 2 rows" in run("plan=plan.json", "row=3", "run.dir=r")[1]
     assert (
         "16 ranks do not fill nodes of ranks_per_node=5"
@@ -142,6 +144,8 @@ def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_
         ([f"line={LINE}", "nodes=1", "time=soon"], "time=soon: write it as Slurm does"),
         ([f"line={LINE}", "nodes=1", "run.dir=a b"], "/a b': sbatch and Hydra read it"),
         (["plan=none.json", "nodes=1"], "none.json: No such file"),
+        ([f"plan={slurm.ROOT / 'README.md'}"], "README.md is not a plan.json of launch/plan.py"),
+        ([f"line={LINE}", "nodes=1", "run.dir="], "run.dir= is empty: name a folder"),
         (["nodes"], "nodes: not of the form option=value"),
     ],
 )
