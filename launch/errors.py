@@ -6,7 +6,8 @@
     def main(config: DictConfig) -> None: ...
 
 It stands twice because Hydra prints a line of its own for whatever escapes the inner function. An error that neither
-Hydra nor this repository raised on purpose is a bug and keeps its trace; HYDRA_FULL_ERROR=1 shows every trace.
+Hydra nor this repository raised on purpose is a bug and keeps its trace; HYDRA_FULL_ERROR=1 shows every trace. Warnings
+are one line as well, without the place in the code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from contextlib import ContextDecorator
 from pathlib import Path
 
@@ -43,8 +45,12 @@ class one_line_errors(ContextDecorator):
     def __enter__(self) -> None:
         self._before = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+        self._format = warnings.formatwarning
+        if not TRACES:
+            warnings.formatwarning = _warning_line
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        warnings.formatwarning = self._format
         if self._before is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
@@ -52,6 +58,13 @@ class one_line_errors(ContextDecorator):
         if isinstance(error, Exception) and not TRACES and (line := explain(error)) is not None:
             _give_way()
             sys.exit(f"error: {line}")
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """In place of warnings.formatwarning."""
+    return f"warning: {_one_line(str(message))}\n"
 
 
 def _give_way() -> None:

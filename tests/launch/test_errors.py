@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from conf.schema import RunConfig
 from launch.errors import explain, one_line_errors
 from launch.generate import GenerateConfig
 
@@ -104,6 +106,28 @@ def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(SystemExit) as stop, one_line_errors(), open("no/such/file"):
         pass
     assert stop.value.code == "error: no/such/file: No such file or directory"
+
+
+def test_a_warning_is_one_line_without_its_place() -> None:
+    before = warnings.formatwarning
+    shown = (UserWarning("passing over\nstep_3"), UserWarning, "infra/checkpoint.py", 143)
+    with one_line_errors(), one_line_errors():
+        assert warnings.formatwarning(*shown) == "warning: passing over step_3\n"
+    assert warnings.formatwarning is before
+    assert "infra/checkpoint.py:143" in warnings.formatwarning(*shown)
+
+
+def test_a_warning_keeps_its_place_where_traces_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.errors.TRACES", True)
+    with one_line_errors():
+        assert "mine.py:7: UserWarning" in warnings.formatwarning(UserWarning("x"), UserWarning, "mine.py", 7)
+
+
+def test_an_empty_run_folder_is_refused() -> None:
+    """Path("") is the folder that one stands in."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        RunConfig(dir="")
+    assert stop.value.code == "error: run.dir= is empty: name a folder, such as runs/first"
 
 
 def test_it_can_be_nested() -> None:
