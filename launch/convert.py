@@ -4,9 +4,10 @@
     python launch/convert.py source=runs/v3/checkpoints/step_1000 target=exported dtype=bfloat16
 
 The source says which way: a folder with config.json is Hugging Face's (safetensors, FP8 blocks or BF16), one with
-index.json is ours, and of a run folder the newest checkpoint is taken. Training then starts from `step_0` of the
-target, its moments zero; an older `step_0` is replaced only with `overwrite=true`. A tokenizer.json beside the source
-goes with it into the run folder. `dtype` is that of the exported weights.
+index.json is ours, and of a run folder the newest checkpoint is taken. An import goes into `checkpoints` of a run
+folder, whichever of the two the target names. Training then starts from its `step_0`, the moments zero; an older
+`step_0` is replaced only with `overwrite=true`. A tokenizer.json beside the source goes with it into the run folder.
+`dtype` is that of the exported weights.
 """
 
 from __future__ import annotations
@@ -58,15 +59,25 @@ def names_and_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
 
 
+def checkpoints_of(target: Path) -> Path:
+    """Where a run looks for its checkpoints: `target` itself only where it is called so and is no run folder."""
+    is_run = any((target / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+    return target / "checkpoints" if is_run or target.resolve().name != "checkpoints" else target
+
+
 def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path:
     """Writes `root/step_0`: master weights and routing biases from `source`; moments are zero before the first step.
 
     The source's tokenizer.json, where it has one, is copied to the run folder around `root`.
 
     Raises:
-        ValueError: where the source is damaged or holds another model than its config.json says, or where
-            `root/step_0` exists and `overwrite` does not allow to replace it.
+        ValueError: where the source is damaged or holds another model than its config.json says, where `root/step_0`
+            exists and `overwrite` does not allow to replace it, or where `root` holds a later step.
     """
+    if (later := checkpoint.folders(root)) and checkpoint.step_of(later[-1]) > 0:
+        raise ValueError(
+            f"{later[-1]} exists, and training would go on from it, not from step_0: choose another target"
+        )
     if (root / "step_0").exists() and not overwrite:
         raise ValueError(f"{root / 'step_0'} exists: choose another target, or replace it with overwrite=true")
     published = HuggingFaceCheckpoint(source)
@@ -125,7 +136,9 @@ def main(composed: DictConfig) -> None:
     config = cast(ConvertConfig, OmegaConf.to_object(composed))
     source, target = Path(config.source), Path(config.target)
     if (source / "config.json").exists():
-        print(f"wrote {from_hugging_face(source, target, config.overwrite)}")
+        root = checkpoints_of(target)
+        step = from_hugging_face(source, root, config.overwrite)
+        print(f"wrote {step}" + ("" if root == target else f": {target} is taken as the run folder, run.dir={target}"))
         return
     ours = source if (source / "index.json").exists() else checkpoint.newest(source / "checkpoints")
     if ours is None:

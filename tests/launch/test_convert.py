@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infra.checkpoint import Checkpoint
+from infra.checkpoint import Checkpoint, newest
 from infra.data import TokenDataset
 from infra.distributed import World
 from launch import convert
@@ -79,6 +79,34 @@ def test_an_older_import_is_replaced_only_when_asked(tmp_path):
     from_hugging_face(source, root, overwrite=True)
     assert (step / "index.json").stat().st_mtime_ns > before
     assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
+def test_an_import_lands_where_training_looks(tmp_path, monkeypatch, capsys):
+    """The target is the run folder or its `checkpoints`; the run then starts from it."""
+    model = small_model()
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    run_called_so = tmp_path / "checkpoints"
+    run_called_so.mkdir()
+    (run_called_so / "config.yaml").touch()
+    cases = {"a/checkpoints": "a/checkpoints", "b": "b/checkpoints", "checkpoints": "checkpoints/checkpoints"}
+    for target, root in cases.items():
+        given = tmp_path / target
+        monkeypatch.setattr("sys.argv", ["convert.py", f"source={tmp_path / 'published'}", f"target={given}"])
+        convert.main()
+        told = "" if root == target else f": {given} is taken as the run folder, run.dir={given}"
+        assert f"wrote {tmp_path / root}/step_0{told}\n" in capsys.readouterr().out
+        assert newest(tmp_path / root) == tmp_path / root / "step_0"
+        assert not (given / "step_0").exists() or root == target
+
+
+def test_an_import_that_no_run_would_take_is_refused(tmp_path):
+    model = small_model()
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    (tmp_path / "checkpoints" / "step_6").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="step_6 exists, and training would go on from it, not from step_0"):
+            from_hugging_face(tmp_path / "published", tmp_path / "checkpoints", overwrite)
+    assert not (tmp_path / "checkpoints" / "step_0").exists()
 
 
 def test_another_shape_is_named(tmp_path):
