@@ -6,6 +6,7 @@ run.dir/tensorboard/
 run.dir/incidents.jsonl  skipped steps, spikes, restarts, damage                            (infra/incidents.py)
 run.dir/trace/           the last step of a pipeline, measured over simulated              (launch/trace.py)
 run.dir/checkpoints/     step_<n>                                                           (infra/checkpoint.py)
+run.dir/lock             who is at work here                                                (infra/run_lock.py)
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from infra import checkpoint, incidents
 from infra.distributed import World, any_rank
 from infra.metrics import Metrics, read_records
 from infra.prepare import prepare_default
+from infra.run_lock import locked
 from infra.token_file import read_tokenizer
 from launch.files import save
 from launch.hang import watchdog
@@ -49,6 +51,21 @@ def with_data(config: Config, world: World) -> Config:
     if any_rank(error is not None):
         raise error or ValueError(f"rank 0 could not prepare the default data set in {DEFAULT_DATA}")
     return replace(config, data=replace(config.data, path=str(DEFAULT_DATA)))
+
+
+@contextmanager
+def alone_in(folder: Path, world: World) -> Iterator[None]:
+    """Keeps other runs out of `folder`. Raises ValueError on all ranks where one is at work there. Collective."""
+    with ExitStack() as stack:
+        error: ValueError | None = None
+        if world.is_main:
+            try:
+                stack.enter_context(locked(folder))
+            except ValueError as failure:
+                error = failure
+        if any_rank(error is not None):
+            raise error or ValueError(f"rank 0 could not lock run.dir={folder}")
+        yield
 
 
 def open_run_folder(config: Config, settings: DictConfig, overrides: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,16 +32,17 @@ def main(settings: DictConfig) -> None:
     if is_sweep():
         return leave_row(row_or_note(partial(train_ranks, config), swept_words()))
     from infra import distributed
-    from launch.fit import fit, open_run_folder, resume, with_data
+    from launch.fit import alone_in, fit, open_run_folder, resume, with_data
     from launch.trainer import Trainer
 
     world = distributed.start()
     config = with_data(config, world)
     trainer = Trainer(config, world)
-    resume(trainer)
-    if world.is_main:
-        open_run_folder(config, settings, list(HydraConfig.get().overrides.task))
-    fit(trainer)
+    with alone_in(Path(config.run.dir), world):
+        resume(trainer)
+        if world.is_main:
+            open_run_folder(config, settings, list(HydraConfig.get().overrides.task))
+        fit(trainer)
     distributed.stop()
 
 

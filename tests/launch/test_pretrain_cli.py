@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import distributed
+from infra import distributed, incidents, run_lock
 from infra.prepare import PrepareConfig, prepare
 from launch import generate, pretrain
 from tests.launch.runs import TIMES, small_data
@@ -125,6 +126,29 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
     process.communicate()
     assert run(*arguments).returncode == 0
     assert records(tmp_path) == records(unbroken)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(data, tmp_path):
+    arguments = [f"data.path={data}", f"run.dir={tmp_path}", "checkpoint.every=2"]
+    process = start(*arguments, "train.steps=1000000")
+    try:
+        wait_for_step(tmp_path, 3, process)
+        assert run_lock.is_held(tmp_path)
+        config = (tmp_path / "config.yaml").read_bytes()
+        done = run(*arguments, "train.steps=12", ranks=2)
+        assert done.returncode != 0
+        host = socket.gethostname()
+        assert f"error: run.dir={tmp_path} is in use by process {process.pid} on {host}: " in done.stderr
+        assert done.stderr.count("error: ") == 1
+        assert process.poll() is None
+        assert config == (tmp_path / "config.yaml").read_bytes()
+        assert not incidents.read(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    assert run_lock.is_held(tmp_path) is False
+    steps = [record["step"] for record in records(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.parametrize(
