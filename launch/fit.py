@@ -180,9 +180,9 @@ def resume(trainer: Trainer) -> None:
         before = read_records(folder)
         lost = max(0, before[-1]["step"] - step) if before else 0
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        incidents.note(
-            folder, "resumed", step, f"from step {step}, {lost} steps are repeated", lost=lost, attempt=attempt
-        )
+        if step < config.train.steps:
+            why = f"from step {step}, {lost} steps are repeated"
+            incidents.note(folder, "resumed", step, why, lost=lost, attempt=attempt)
     if newest is not None:
         trainer.load(newest)
     trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from infra import checkpoint, incidents
+from infra import checkpoint, incidents, run_lock
 from infra.metrics import FILE, duration, read_records
 from launch.waits import Waits
 
@@ -47,14 +47,17 @@ def figures(folder: Path, now: float) -> dict[str, Any]:
     lately = records[-LATELY:]
     step_time = median(record["step_time"] for record in lately) if lately else None
     silence = now - (folder / FILE).stat().st_mtime if records else None
-    if last["step"] >= steps:
+    held = run_lock.is_held(folder)
+    if last["step"] >= steps and not held:
         state = "finished"
+    elif held is False:
+        state = "stopped"
     elif silence is None or step_time is None:
         state = "no step is done yet"
     elif silence < max(SILENT, hang.get("factor", 10.0) * step_time):
         state = "running"
     else:
-        state = f"silent for {duration(silence)}: stopped, dead or hung"
+        state = f"silent for {duration(silence)}: {'hung' if held else 'stopped, dead or hung'}"
     waits = Waits()
     for record in lately:
         if "straggler_rank" in record:
@@ -66,7 +69,7 @@ def figures(folder: Path, now: float) -> dict[str, Any]:
         "state": state,
         "step_time": step_time,
         "tokens_per_second": median(record["tokens_per_second"] for record in lately) if lately else None,
-        "left": step_time * (steps - last["step"]) if step_time else None,
+        "left": step_time * max(0, steps - last["step"]) if step_time else None,
         "record": last,
         "checkpoint": _last_checkpoint(folder / "checkpoints", now),
         "waits": waits.summary(),

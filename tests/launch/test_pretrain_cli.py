@@ -210,6 +210,17 @@ def test_a_checkpoint_of_another_model_is_refused_and_its_run_untouched(data, un
     assert before == {name: (unbroken / name).read_bytes() for name in before}
 
 
+def test_a_run_with_nothing_left_to_do_is_untouched(data, unbroken):
+    def content() -> dict[Path, bytes]:
+        return {f: f.read_bytes() for f in unbroken.rglob("*") if f.is_file() and f.name != run_lock.FILE}
+
+    before = content()
+    done = run(f"data.path={data}", f"run.dir={unbroken}", "train.steps=2")
+    assert done.returncode == 0
+    assert "is at step 12 already: nothing to do for train.steps=2" in done.stdout
+    assert before == content()
+
+
 def test_two_ranks_complain_once(data, tmp_path):
     done = run(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3", ranks=2)
     assert done.returncode != 0

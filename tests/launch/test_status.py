@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -74,6 +77,28 @@ def test_the_command_prints_it(tmp_path, monkeypatch, capsys):
 def test_a_run_that_is_over_and_one_that_is_dead(tmp_path):
     assert status.figures(a_run(tmp_path / "over", 10, 10, age=1e6), NOW)["state"] == "finished"
     assert "silent for 0:16:40" in status.figures(a_run(tmp_path / "dead", 10, 9, age=1000), NOW)["state"]
+
+
+def test_the_lock_of_a_run_tells_whether_it_is_at_work(tmp_path):
+    run = a_run(tmp_path / "run", steps=100, done=60)
+    beyond = a_run(tmp_path / "beyond", steps=2, done=8)
+    script = "import sys; from pathlib import Path; from infra.run_lock import locked\n"
+    script += "with locked(Path(sys.argv[1])), locked(Path(sys.argv[2])): print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", script, run, beyond], stdin=PIPE, stdout=PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "\n"
+        assert status.figures(run, NOW)["state"] == status.figures(beyond, NOW)["state"] == "running"
+        assert "0:01:20 of steps, to " in text(run)
+        assert status.figures(run, NOW + 1000)["state"].endswith(": hung")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert status.figures(run, NOW)["state"] == "stopped"
+    assert "0:01:20 of steps\n" in re.sub(" +\n", "\n", text(run))
+    assert (status.figures(beyond, NOW)["state"], status.figures(beyond, NOW)["left"]) == ("finished", 0)
+    (run / "lock").write_text("process 1 on another-host\n")  # whose locks this one may not see
+    assert status.figures(run, NOW)["state"] == "running"
+    assert "silent" in status.figures(run, NOW + 1000)["state"]
 
 
 def test_a_run_without_a_step(tmp_path):
