@@ -67,7 +67,9 @@ class Killer:
         return self._is_saving()
 
     def _is_saving(self) -> bool:
-        return any(map(self._is_newer, (self.run / "checkpoints").glob(".step_*.writing")))
+        """Not the first one: a run without a checkpoint would have nothing to go on from."""
+        folder = self.run / "checkpoints"
+        return any(map(self._is_newer, folder.glob(".step_*.writing"))) and any(folder.glob("step_*"))
 
     def _is_newer(self, file: Path) -> bool:
         try:
@@ -148,14 +150,14 @@ def _workers(launcher: subprocess.Popen) -> list[int]:
 @pytest.mark.timeout(3600)
 def test_torchrun_starts_killed_ranks_again_by_itself(tmp_path, request):
     nightly = request.config.getoption("--nightly")
-    steps, num_kills = (300, 20) if nightly else (40, 3)
+    steps, num_kills, longest = (300, 20, 4.0) if nightly else (40, 3, 1.0)
     options = [f"data.path={small_data(tmp_path)}", "parallel.pp=2", "precision=fp32", f"train.steps={steps}"]
-    options += ["checkpoint.every=5", "run.trace=false"]
+    options += ["checkpoint.every=2", "run.trace=false"]
     unbroken = command(*options, f"run.dir={tmp_path / 'unbroken'}", ranks=RANKS)
     subprocess.run(unbroken, check=True, cwd=ROOT, capture_output=True)
     started = command(*options, f"run.dir={tmp_path / 'broken'}", ranks=RANKS)
     started.insert(started.index("--standalone"), f"--max-restarts={num_kills}")
-    killer = Killer(tmp_path / "broken", 2, num_kills, longest=4.0)
+    killer = Killer(tmp_path / "broken", 2, num_kills, longest)
     log = tmp_path / "log"
     with log.open("w") as said:
         launcher = subprocess.Popen(started, stdout=said, stderr=said, cwd=ROOT)
