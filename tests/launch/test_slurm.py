@@ -52,13 +52,14 @@ def test_the_file_holds_the_line_and_bash_reads_it(run, tmp_path: Path) -> None:
 
 
 def test_what_srun_would_start_is_the_line(run, tmp_path: Path) -> None:
-    """With a fake srun and scontrol, the file starts launch/pretrain.py of the snapshot with the very words."""
+    """With a fake srun and scontrol (of more nodes than a pipe holds), the file starts launch/pretrain.py of the
+    snapshot with the very words."""
     nasty = "data.path='a $(touch pwned); `id` * b'"
     assert run(f'line={LINE} "{nasty}"', "nodes=1", "ranks_per_node=1", "run.dir=r", "gpus=false")[1] == ""
     fake = tmp_path / "bin"
     fake.mkdir()
     (fake / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$MASTER_ADDR" "$MASTER_PORT" "$@"\n')
-    (fake / "scontrol").write_text("#!/bin/bash\necho first\necho second\n")
+    (fake / "scontrol").write_text("#!/bin/bash\necho first\nseq -f node%.0f 100000\n")
     for name in ("srun", "scontrol"):
         (fake / name).chmod(0o755)
     env = {"PATH": f"{fake}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
