@@ -10,11 +10,11 @@ real:      every legal layout of two ranks, the debug model in BF16 with even ro
 memory:    20 random layouts of up to 8 ranks, the same model: the fullest rank's bytes of live tensors in a step (and
            its parameters, gradients and optimizer states) beside the planner's.
 sleeping:  20 random layouts of up to 8 ranks on an emulated cluster with a network card a rank: layers that sleep for
-           given times, so that few cores can play many, and rows that really travel. The planner knows the sleeps, and
-           the rate of the links.
+           given times, so that few cores can play many, and rows that really travel. The planner knows the layers as
+           they ran on one pipeline rank of that cluster, and the rate of the links.
 
-Every case is written to --out as soon as it is done, and is not run again: stop and start at will, or let
-`--seconds` stop it.
+What was measured is written to --out as soon as it is there, layers and cluster included, and is not measured again:
+stop and start at will, or let `--seconds` stop it. What is predicted is computed anew by every report.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from conf.schema import Config, OptimConfig, TrainConfig
 from infra.allocator import keep_freed_memory
@@ -54,7 +52,7 @@ from measuring.sleeping_layers import TOKENS
 from measuring.sleeping_step import rate_for, sleeping_cluster, sleeping_model, sleeping_steps
 from parallel.config import ParallelConfig
 from parallel.plan.layout import Layout, layouts
-from parallel.plan.memory import MemoryModel
+from parallel.plan.memory import MemoryModel, RankMemory
 from parallel.plan.step import StepModel
 from tests.ranks import run_ranks
 
@@ -148,7 +146,7 @@ def name_of(layout: Layout, batch: int) -> str:
 
 
 class Cases:
-    """Results by part and name, kept in a file."""
+    """What was measured, by part and name, kept in a file: layout, batch, `row` (its layers), and what to predict."""
 
     def __init__(self, path: Path, seconds: float):
         self.path, self.ends = path, time.monotonic() + seconds
@@ -158,70 +156,68 @@ class Cases:
         """Results of a part by name."""
         return self.found.setdefault(part, {})
 
-    def run(self, part: str, cases: Iterable[tuple[str, Callable[[], dict[str, Any]]]]) -> None:
+    def run(self, part: str, cases: Iterable[tuple[str, Callable[[], dict[str, dict[str, Any]]]]]) -> None:
+        """cases: (name, what measures it and perhaps others, by their names)."""
         done = self.done(part)
-        for name, case in cases:
+        for name, measure in cases:
             if name in done:
                 continue
             if time.monotonic() > self.ends:
                 print(f"{part}: {len(done)} done; start again for the rest")
                 return
-            done[name] = case()
-            print(f"{part} {len(done)} {name}: {done[name]['measured']:.4g}, {done[name]['predicted']:.4g}", flush=True)
+            for one, case in measure().items():
+                done[one] = case
+                print(f"{part} {len(done)} {one}: {case['measured']:.4g}, {predicted(part, case):.4g}", flush=True)
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.found, indent=1))
             partial.replace(self.path)
 
 
-def real(cluster: ClusterConfig, data: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+Measurements = Iterator[tuple[str, Callable[[], dict[str, dict[str, Any]]]]]
 
-    def case(layout: Layout) -> dict[str, Any]:
+
+def case_of(layout: Layout, batch: int, cluster: ClusterConfig, row: dict[str, Any], **measured: Any) -> dict[str, Any]:
+    here = replace(cluster, num_ranks=layout.world, measured=[row])
+    return {"layout": asdict(layout), "batch": batch, "cluster": asdict(here)} | measured
+
+
+def real(cluster: ClusterConfig, data: Path) -> Measurements:
+
+    def measure(layout: Layout) -> dict[str, dict[str, Any]]:
         ranks = run_ranks(2, in_turn, training(layout, data, BATCH), layout)
-        row = mean(ranks[0][1])
-        two = replace(cluster, num_ranks=2, ranks_per_node=2, measured=[row])
-        predicted = StepModel(MODEL, two, LENGTH, "fp32").simulate(layout, BATCH)
         seconds = [max(turn) for turn in zip(*(steps for steps, _ in ranks), strict=True)]
-        return {
-            "measured": statistics.median(seconds), "predicted": predicted.total, "seconds": seconds,
-            "terms": asdict(predicted),
-        }  # fmt: skip
+        here = replace(cluster, ranks_per_node=2)
+        case = case_of(layout, BATCH, here, mean(ranks[0][1]), measured=statistics.median(seconds), seconds=seconds)
+        return {name_of(layout, BATCH): case}
 
-    return [(name_of(layout, BATCH), lambda layout=layout: case(layout)) for layout in two_ranks(cluster)]
+    for layout in two_ranks(cluster):
+        yield name_of(layout, BATCH), partial(measure, layout)
 
 
-def memory(cluster: ClusterConfig, data: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+def memory(cluster: ClusterConfig, data: Path) -> Measurements:
     rows: dict[str, dict[str, Any]] = {}
 
     def layer(rank: int, size: int, layout: Layout) -> dict[str, Any]:
         return measure_layer(MODEL, layout, LENGTH, World(rank, size, torch.device("cpu")), turns=1)
 
-    def case(layout: Layout, batch: int) -> dict[str, Any]:
+    def measure(layout: Layout, batch: int) -> dict[str, dict[str, Any]]:
         alone = replace(layout, world=layout.ep, ranks_per_node=layout.ep, pp=1)
         row = rows.setdefault(f"{layout.ep} {layout.dispatcher} {layout.recompute}", {})
         row |= run_ranks(layout.ep, layer, alone)[0] if not row else {}
-        one = replace(cluster, num_ranks=layout.world, ranks_per_node=layout.world, measured=[row])
-        model = MemoryModel(StepModel(MODEL, one, LENGTH, "fp32"), ema=False)
         ranks = run_ranks(layout.world, held_bytes, training(layout, data, batch))
-        fullest = max(range(layout.world), key=lambda rank: ranks[rank][1])
-        planned = [model.rank(layout, batch, r) for r in range(layout.pp)]
-        states = [one.weights + one.gradients + one.optimizer for one in planned]
-        totals = [one.total - one.margin for one in planned]
-        return {
-            "measured": ranks[fullest][1] / 1e6, "predicted": max(totals) / 1e6,
-            "of_states": ranks[fullest][0] / 1e6,
-            "states_equal": all(ranks[r][0] == states[layout.mesh.coordinates(r).pp] for r in range(layout.world)),
-            "activations_measured": (ranks[fullest][1] - ranks[fullest][0]) / 1e6,
-            "activations_predicted": max(totals) / 1e6 - states[totals.index(max(totals))] / 1e6,
-        }  # fmt: skip
+        states, whole = max(ranks, key=lambda of_rank: of_rank[1])
+        here = replace(cluster, ranks_per_node=layout.world)
+        case = case_of(
+            layout, batch, here, row, measured=whole / 1e6, of_states=states / 1e6, states=[one for one, _ in ranks]
+        )
+        return {name_of(layout, batch): case}
 
-    return [
-        (name_of(layout, batch), lambda layout=layout, batch=batch: case(layout, batch))
-        for layout, batch in random_layouts(cluster)
-    ]
+    for layout, batch in random_layouts(cluster):
+        yield name_of(layout, batch), partial(measure, layout, batch)
 
 
-def sleeping(steps: dict[str, list[float]]) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """steps: seconds that were measured already, by name; a launch of the emulated cluster measures a few layouts."""
+def sleeping() -> Measurements:
+    """A launch of the emulated cluster measures a few layouts."""
     draw, drawn = random.Random(3), dict[tuple[int, float], dict[str, tuple[Layout, int]]]()
     while sum(map(len, drawn.values())) < RANDOM:
         world, pp, share = draw.choice(((2, 1, 0.6), (2, 2, 0.6), *((4, p, 0.4) for p in (1, 2, 4)),
@@ -232,68 +228,105 @@ def sleeping(steps: dict[str, list[float]]) -> Iterator[tuple[str, Callable[[], 
         if candidates := list(layouts(sleeping_model(2 * pp), cluster, world, batch, told)):
             layout = draw.choice(candidates)
             drawn.setdefault((world, share), {})[f"{name_of(layout, batch)} all-to-all {share:.0%}"] = layout, batch
+
+    def measure(share: float, together: dict[str, tuple[Layout, int]]) -> dict[str, dict[str, Any]]:
+        rate, world = rate_for(share), next(iter(together.values()))[0].world
+        words = json.dumps([(asdict(layout), batch) for layout, batch in together.values()])
+        found = on_cluster(__file__, world, 1, rate, [words])
+        return {
+            name: case_of(
+                layout, batch, sleeping_cluster(rate), one["row"],
+                measured=statistics.median(one["seconds"]), seconds=one["seconds"],
+            )
+            for (name, (layout, batch)), one in zip(together.items(), found, strict=True)
+        }  # fmt: skip
+
     for (_, share), cases in drawn.items():
         names = list(cases)
         for k, name in enumerate(names):
             first = k - k % LAUNCHED
-            together = {one: cases[one] for one in names[first : first + LAUNCHED]}
-            yield name, partial(sleeping_case, name, share, together, steps)
+            yield name, partial(measure, share, {one: cases[one] for one in names[first : first + LAUNCHED]})
 
 
-def sleeping_case(
-    name: str, share: float, together: dict[str, tuple[Layout, int]], steps: dict[str, list[float]]
-) -> dict[str, Any]:
-    layout, batch = together[name]
-    rate, model = rate_for(share), sleeping_model(2 * layout.pp)
-    if name not in steps:
-        words = json.dumps([(asdict(one), size) for one, size in together.values()])
-        steps |= dict(zip(together, on_cluster(__file__, layout.world, 1, rate, [words]), strict=True))
-    step = StepModel(model, sleeping_cluster(model, layout, rate), TOKENS).simulate(layout, batch)
-    predicted = step.total - step.reduce - step.update  # nothing is trained
-    return {"measured": statistics.median(steps[name]), "predicted": predicted, "seconds": steps[name]}
+def predicted(part: str, case: dict[str, Any]) -> float:
+    """What the planner says of a case: seconds, or MB."""
+    layout, batch, cluster = Layout(**case["layout"]), case["batch"], as_cluster(case["cluster"])
+    if part == "sleeping":
+        step = StepModel(sleeping_model(2 * layout.pp), cluster, TOKENS).simulate(layout, batch)
+        return step.total - step.reduce - step.update  # nothing is trained
+    if part == "real":
+        return StepModel(MODEL, cluster, LENGTH, "fp32").simulate(layout, batch).total
+    return max(one.total - one.margin for one in planned_memory(case)) / 1e6
 
 
-def error(case: dict[str, Any]) -> float:
-    return 100 * (case["predicted"] / case["measured"] - 1)
+def planned_memory(case: dict[str, Any]) -> list[RankMemory]:
+    """Of every pipeline rank."""
+    layout, cluster = Layout(**case["layout"]), as_cluster(case["cluster"])
+    model = MemoryModel(StepModel(MODEL, cluster, LENGTH, "fp32"), ema=False)
+    return [model.rank(layout, case["batch"], r) for r in range(layout.pp)]
 
 
-def report(found: dict[str, Any], console: Console, plot: Path | None) -> None:
+def states_equal(case: dict[str, Any]) -> bool:
+    """Parameters, gradients and optimizer states of every rank, byte for byte."""
+    mesh, planned = Layout(**case["layout"]).mesh, planned_memory(case)
+    states = [one.weights + one.gradients + one.optimizer for one in planned]
+    return all(held == states[mesh.coordinates(r).pp] for r, held in enumerate(case["states"]))
+
+
+def report(found: dict[str, Any], file: Path | None, plot: Path | None) -> None:
+    """A table a part in Markdown, behind one of all parts; printed where there is no file."""
+    summary = ["| part | layouts | error at the median | at most | mean | wanted |", "|---|---|---|---|---|---|"]
+    tables = list[str]()
+    points: dict[str, list[tuple[float, float]]] = {}
     for part, wanted in WANTED.items():
         cases = found.get(part, {})
         if not cases:
             continue
-        unit = "MB" if part == "memory" else "s"
-        table = Table("layout", f"measured {unit}", f"predicted {unit}", "error %", title=part)
-        for name, case in cases.items():
-            table.add_row(name, f"{case['measured']:.3f}", f"{case['predicted']:.3f}", f"{error(case):+.1f}")
-        console.print(table)
-        errors = [abs(error(case)) for case in cases.values()]
-        console.print(
-            f"{part}: {len(errors)} layouts, error at the median {statistics.median(errors):.1f} %, at most "
-            f"{max(errors):.1f} % (wanted: {wanted:g} %)"
+        points[part] = [(predicted(part, case), case["measured"]) for case in cases.values()]
+        errors = [100 * (told / measured - 1) for told, measured in points[part]]
+        sizes = list(map(abs, errors))
+        summary.append(
+            f"| {part} | {len(errors)} | {statistics.median(sizes):.1f} % | {max(sizes):.1f} % | "
+            f"{statistics.fmean(errors):+.1f} % | {wanted:g} % |"
         )
+        unit = "MB" if part == "memory" else "s"
+        tables += [
+            "",
+            f"## {part}",
+            "",
+            f"| layout | measured {unit} | predicted {unit} | error |",
+            "|---|---|---|---|",
+        ]
+        for name, (told, measured), error in zip(cases, points[part], errors, strict=True):
+            tables.append(f"| {name} | {measured:.4g} | {told:.4g} | {error:+.1f} % |")
         if part == "memory":
-            equal = sum(case["states_equal"] for case in cases.values())
-            console.print(f"memory: parameters, gradients and optimizer states equal byte for byte in {equal} of them")
+            equal = sum(map(states_equal, cases.values()))
+            tables += [
+                "",
+                f"Parameters, gradients and optimizer states equal byte for byte in {equal} of {len(cases)}.",
+            ]
+    text = "\n".join([*summary, *tables, ""])
+    if file is None:
+        print(text)
+    else:
+        file.write_text(text)
     if plot is not None:
-        draw_plot(found, plot)
+        draw_plot(points, plot)
 
 
-def draw_plot(found: dict[str, Any], path: Path) -> None:
+def draw_plot(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """Measured over predicted, a panel a part; on the diagonal the two agree."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = [part for part in WANTED if found.get(part)]
-    figure, axes = pyplot.subplots(1, len(parts), figsize=(4.2 * len(parts), 4), squeeze=False)
-    for axis, part in zip(axes[0], parts, strict=True):
-        points = [(case["predicted"], case["measured"]) for case in found[part].values()]
-        most = 1.05 * max(max(point) for point in points)
+    figure, axes = pyplot.subplots(1, len(points), figsize=(4.2 * len(points), 4), squeeze=False)
+    for axis, (part, pairs) in zip(axes[0], points.items(), strict=True):
+        most = 1.05 * max(map(max, pairs))
         axis.plot([0, most], [0, most], color="0.7", linewidth=1)
         axis.fill_between([0, most], [0, 0.9 * most], [0, 1.1 * most], color="0.93", label="within 10 %")
-        axis.scatter(*zip(*points, strict=True), s=16, alpha=0.8)
+        axis.scatter(*zip(*pairs, strict=True), s=16, alpha=0.8)
         unit = "MB" if part == "memory" else "s"
         axis.set(xlim=(0, most), ylim=(0, most), xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}", title=part)
     axes[0][0].legend(loc="upper left", frameon=False)
@@ -301,8 +334,8 @@ def draw_plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def read_cluster(path: Path) -> ClusterConfig:
-    merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path))
+def as_cluster(words: dict[str, Any]) -> ClusterConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), words)
     cluster = OmegaConf.to_object(merged)
     assert isinstance(cluster, ClusterConfig)
     return cluster
@@ -323,6 +356,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(WANTED)}, report; all where none is named")
     parser.add_argument("--cluster", type=Path, default=Path("cluster/mine.yaml"), help="of launch/calibrate.py")
     parser.add_argument("--out", type=Path, default=Path("plan_against_runs.json"))
+    parser.add_argument("--report", type=Path, help="a Markdown file")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no case starts later than this")
     parser.add_argument("--rank", nargs=1, help=argparse.SUPPRESS)  # how this script starts itself on the ranks
@@ -339,14 +373,14 @@ def main() -> None:
     cases = Cases(options.out, options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         if {"real", "memory"} & set(options.parts):
-            data, cluster = small_data(Path(folder)), read_cluster(options.cluster)
+            data, cluster = small_data(Path(folder)), as_cluster(OmegaConf.load(options.cluster))
             for part, make in (("real", real), ("memory", memory)):
                 if part in options.parts:
                     cases.run(part, make(cluster, data))
     if "sleeping" in options.parts:
-        cases.run("sleeping", sleeping(cases.done("seconds of sleeping steps")))
+        cases.run("sleeping", sleeping())
     if "report" in options.parts:
-        report(cases.found, Console(width=140), options.plot)
+        report(cases.found, options.report, options.plot)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def planned_costs(
     times = step.stages(chosen)
     f, i, w = (times.single[op].tolist() for op in (Op.F, Op.I, Op.W))
     fb = None
-    if chosen.overlap and schedule.name in OVERLAPPING:
+    if chosen.pairs and schedule.name in OVERLAPPING:
         alone = times.single[Op.F][:, None] + times.single[Op.B]
         fb = float(times.pair[0].sum() / alone.sum()) * sum(f + i + w) / schedule.num_ranks
-    return Costs(f=f, i=i, w=w, fb=fb, p2p=times.send, optimizer=sum(step.optimizer(chosen))), step.doubts(chosen)
+    send_when = "ready" if fb is None else "slot_end"  # an overlapped pair has both results at its end
+    optimizer = sum(step.optimizer(chosen))
+    return Costs(f=f, i=i, w=w, fb=fb, p2p=times.send, optimizer=optimizer, send_when=send_when), step.doubts(chosen)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,14 +25,15 @@ from infra.live_bytes import LiveBytes
 from infra.precision import PrecisionConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.expert.dispatcher import Dispatcher
 from parallel.expert.lane import Lane
 from parallel.expert.travel import intersection
 from parallel.mesh import Mesh, MeshConfig
-from parallel.parallelize import Replica, parallelize
+from parallel.parallelize import parallelize
 from parallel.pipeline import p2p
 from parallel.pipeline.executor import Phases
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.pipeline.stage import BatchScale
+from parallel.pipeline.stage import BatchScale, TransformerStage
 from parallel.plan.layout import Layout
 from parallel.plan.measured import key
 
@@ -66,48 +67,63 @@ def measure_layer(
         weight_decay=0.0,
         microbatch=(layout.microbatch_size, sequence_length),
     )
-    run = _Chain(four, replica, (layout.microbatch_size, sequence_length), world)
-    spent: dict[tuple[int, str], list[float]] = defaultdict(list)
-    for turn in range(WARM_UPS + turns):
-        if world.size > 1:
-            dist.barrier()
-        for name, seconds in run.timed().items():
-            if turn >= WARM_UPS:
-                spent[name].append(seconds)
-    names = sorted(spent)
-    times = torch.tensor([fmean(spent[name]) for name in names], dtype=torch.float64)
-    size = torch.tensor(run.weighed(), dtype=torch.float64)
-    if world.size > 1:
-        for tensor in (times, size):
-            dist.all_reduce(tensor)
-    found = dict(zip(names, (times / world.size).tolist(), strict=True))
+    run = Chain(four, replica.stages, replica.dispatcher, (layout.microbatch_size, sequence_length), world)
     return {
         "of": key(model, layout, sequence_length),
-        "seconds": _seconds(found, bool(num_dense), model.num_nextn_predict_layers),
-        "bytes": _bytes((size / world.size).round().tolist(), bool(num_dense), model.num_nextn_predict_layers)
-        | run.between_stages(),
+        "seconds": run.seconds(turns),
+        "bytes": run.bytes() | run.between_stages(),
     }
 
 
-class _Chain:
-    """The four stages, and one microbatch to run through them."""
+class Chain:
+    """Four stages on one pipeline rank - of `model`, which has four layers - and one microbatch [B, L] for them."""
 
-    def __init__(self, model: ModelConfig, replica: Replica, microbatch: tuple[int, int], world: World):
+    def __init__(
+        self,
+        model: ModelConfig,
+        stages: Mapping[int, TransformerStage],
+        dispatcher: Dispatcher,
+        microbatch: tuple[int, int],
+        world: World,
+    ):
         B, L = microbatch
         generator = torch.Generator().manual_seed(world.rank)
         tokens_MBL = torch.randint(model.vocab_size, (1, B, L + 1), generator=generator).to(world.device)
         self.tokens_MBL, self.world = tokens_MBL, world
-        self.stages = [replica.stages[s] for s in range(4)]
-        self.dispatcher = replica.dispatcher
-        depths = max(1, model.num_nextn_predict_layers)
-        weights = {"lm_loss": 1.0, "mtp_loss": 0.3 / depths, "balance_loss": model.aux_loss_alpha}
+        self.stages = [stages[s] for s in range(4)]
+        self.dispatcher = dispatcher
+        self.has_dense, self.depths = model.first_k_dense_replace > 0, model.num_nextn_predict_layers
+        weights = {"lm_loss": 1.0, "mtp_loss": 0.3 / max(1, self.depths), "balance_loss": model.aux_loss_alpha}
         self.scale = BatchScale(B * L, weights)
+
+    def seconds(self, turns: int) -> dict[str, Any]:
+        """`seconds` of a row: means of `turns` microbatches. Collective."""
+        spent: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for turn in range(WARM_UPS + turns):
+            if self.world.size > 1:
+                dist.barrier()
+            for name, seconds in self._timed().items():
+                if turn >= WARM_UPS:
+                    spent[name].append(seconds)
+        names = sorted(spent)
+        times = self._mean_over_ranks([fmean(spent[name]) for name in names])
+        return _seconds(dict(zip(names, times.tolist(), strict=True)), self.has_dense, self.depths)
+
+    def bytes(self) -> dict[str, Any]:
+        """`bytes` of a row, but for those between stages. Collective."""
+        return _bytes(self._mean_over_ranks(self._weighed()).round().tolist(), self.has_dense, self.depths)
+
+    def _mean_over_ranks(self, values: list[Any]) -> torch.Tensor:
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total / self.world.size
 
     def _begin(self) -> None:
         for stage in self.stages:
             stage.begin(self.tokens_MBL, self.scale, training=True)
 
-    def timed(self) -> dict[tuple[int, str], float]:
+    def _timed(self) -> dict[tuple[int, str], float]:
         """Seconds by (stage, name of phase and pass); journeys by what was waited for them."""
         self._begin()
         found: dict[tuple[int, str], float] = defaultdict(float)
@@ -157,7 +173,7 @@ class _Chain:
         ahead, window = (1, 1) if on_cuda else (p2p.AHEAD, p2p.WINDOW)
         return {"border": math.prod(shape) * dtype.itemsize, "ahead": ahead, "window": window}
 
-    def weighed(self) -> list[list[float]]:
+    def _weighed(self) -> list[list[float]]:
         """Bytes of each stage: kept after F, kept after I, rises of F, I, W and of a B in one piece. Inputs count, as
         if they had come from another rank; so outputs, once sent, do not."""
         self._begin()

@@ -18,7 +18,7 @@ from launch.files import save
 from launch.summary import as_csv, as_html, as_table
 from parallel.plan.goodput import Goodput
 from parallel.plan.interval import Interval, interval
-from parallel.plan.layout import Layout, illegal
+from parallel.plan.layout import OVERLAPPING, Layout, illegal
 from parallel.plan.memory import RankMemory, smallest_change
 from parallel.plan.search import Plan, Planner, Row, pareto, terms
 from parallel.plan.snapshot import snapshot
@@ -33,8 +33,10 @@ def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
     tokens = config.train.global_batch_size * length
     flops = config.model.flops_per_token(causal=True, sequence_length=length) * tokens
     short = f"pp{layout.pp} ep{layout.ep} {layout.schedule} {layout.dispatcher} {layout.recompute} {layout.precision}"
-    if layout.schedule.startswith("dualpipe") and not layout.overlap:
+    if layout.schedule in OVERLAPPING and not layout.overlap:
         short += " no-overlap"
+    elif layout.pairs and layout.schedule not in OVERLAPPING:
+        short += " overlap"
     return {
         "rank": number,
         "step_s": round(row.time.total, 3),

@@ -243,7 +243,7 @@ def step(config: SimulateConfig, overrides: list[str]) -> Step:
         schedule = schedule_of(config, costs)
         model = config.model or ModelConfig()
         planned, notes = planned_costs(model, config.cluster, schedule, config.layout or {}, config.sequence_length)
-        costs = replace(planned, send_when="slot_end", **named(costs, overrides))
+        costs = replace(planned, **named(costs, overrides))
     else:
         schedule = schedule_of(config, costs)
     return Step(costs, schedule, simulate(schedule, costs, seed=config.seed), notes)

@@ -196,7 +196,8 @@ those of single kernels in this very profile, so this checks what is added up an
 Nothing is fitted to it. 2,048 H800, PP16, EP64, DualPipe, batch 15,360 of length 4,096. Beyond the profiled pair this
 has in it: MTP and both heads on the last stage, three dense layers, {100 * config.cluster.expert_imbalance:g} %
 more rows on the most loaded rank (MaxVio of arXiv 2408.15664, table 2), journeys in full where nothing overlaps them,
-the transfer between stages, gradients summed in FP32 over two tiers.
+the transfer between stages, gradients summed in FP32 over two tiers. The input gradient of a full backward leaves
+before its weight gradients are computed, as our executor sends it; the published formula takes both as one.
 
 {table(step_lines(time, 0))}
 
@@ -223,7 +224,8 @@ and post-training (5 K) are the published figures.
 
 `python launch/plan.py model=671b cluster=h800_2048 train.global_batch_size=15360`: {plan.num_legal:,} legal layouts, of
 which {plan.num_fitting:,} fit 80 GB. DeepSeek-V3's own is number {place} with {own.time.total:.3f} s and
-{own.memory.total / 1e9:.1f} GB. The first, by {1e3 * (own.time.total - winner.time.total):.0f} ms of bubble, is
+{own.memory.total / 1e9:.1f} GB, of which {own.memory.margin / 1e9:.1f} are margin.
+The first, by {1e3 * (own.time.total - winner.time.total):.0f} ms of bubble, is
 `{winner.layout.schedule}` on {winner.layout.pp} pipeline ranks: the same chain of stages, folded.
 """
 

@@ -39,6 +39,7 @@ __all__ = [
     "check_lowered",
     "forward_only",
     "from_csv",
+    "in_turn",
     "lower",
     "pair_up",
     "to_csv",
@@ -109,6 +110,12 @@ def forward_only(schedule: Schedule) -> Schedule:
         [(action,) for slot in program for action in slot if action.op is Op.F] for program in schedule.programs
     ]
     return Schedule(f"{schedule.name} (forward only)", programs, schedule.placement, schedule.num_microbatches)
+
+
+def in_turn(schedule: Schedule) -> Schedule:
+    """The same actions in the same order, each in a slot of its own: what runs where pairs are not overlapped."""
+    programs: list[Program] = [[(action,) for slot in program for action in slot] for program in schedule.programs]
+    return Schedule(schedule.name, programs, schedule.placement, schedule.num_microbatches)
 
 
 def pair_up(schedule: Schedule) -> Schedule:

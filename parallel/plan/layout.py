@@ -17,13 +17,14 @@ from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
+from parallel.pipeline.passes import PAIRABLE
 from parallel.pipeline.schedules import SCHEDULES
 
 RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp8")
 TWO_STAGES_A_RANK = ("interleaved_1f1b", "zbv", "dualpipev")
 WORDS = ("pp", "ep", "ranks_per_node", "schedule", "dispatcher", "overlap", "recompute", "zero_stage")  # of `parallel`
-OVERLAPPING = ("dualpipe", "dualpipev")  # the schedules with slots of two
+OVERLAPPING = ("dualpipe", "dualpipev")  # the schedules that have slots of two by themselves
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class Layout:
     def num_stages(self) -> int:
         return self.pp * (2 if self.schedule in TWO_STAGES_A_RANK else 1)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether slots of two interleave their phases."""
+        return self.overlap and (self.schedule in OVERLAPPING or (self.ep > 1 and self.schedule in PAIRABLE))
+
+    def make_schedule(self, num_microbatches: int) -> Schedule:
+        """The very schedule that a run executes."""
+        return schedule_of(self.schedule, self.pp, num_microbatches, self.pairs and self.schedule in PAIRABLE)
+
     def num_microbatches(self, global_batch_size: int) -> int:
         return global_batch_size // (self.dp * self.microbatch_size)
 
@@ -75,9 +85,9 @@ def _text(value: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def schedule_of(name: str, pp: int, num_microbatches: int) -> Schedule:
-    """The very schedule that a run executes."""
-    return SCHEDULES[name](pp, num_microbatches)
+def schedule_of(name: str, pp: int, num_microbatches: int, paired: bool = False) -> Schedule:
+    """By its name; paired: 1f1b and zbv as they run under overlap."""
+    return ParallelConfig(pp, 2, 1, name, "two_hop", overlap=paired).make_schedule(num_microbatches)
 
 
 def illegal(model: ModelConfig, layout: Layout, global_batch_size: int) -> str | None:
@@ -113,7 +123,7 @@ def layouts(
     """Every legal layout that agrees with `fixed` (words that are not None are not searched).
 
     Layouts that another one equals by construction are left out: one rank needs no schedule but 1f1b, ep=1 no
-    dispatcher but local, a schedule without pairs no overlap.
+    dispatcher but local, what has no pairs no overlap.
     """
     base = Layout(world, min(cluster.ranks_per_node, world))
     per_rank = global_batch_size // world * 64 or 64
@@ -142,8 +152,9 @@ def layouts(
             words = dict(zip(inner, rest, strict=True))
             if (words["dispatcher"] == "local") != (shape.ep == 1):
                 continue
-            if words["overlap"] and not fixed.get("overlap") and shape.schedule not in OVERLAPPING:
+            found = replace(shape, **words)
+            if words["overlap"] and not fixed.get("overlap") and not found.pairs:
                 continue
             if words["dispatcher"] == "all_to_all" and shape.mesh.ep_nodes == 1 and not fixed.get("dispatcher"):
                 continue  # inside one node both hops are one
-            yield replace(shape, **words)
+            yield found

@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from parallel.pipeline.actions import Op, Schedule
 from parallel.plan.cost import SCALED
 from parallel.plan.counts import StateBytes, state_bytes
-from parallel.plan.layout import RECOMPUTES, Layout, schedule_of
+from parallel.plan.layout import RECOMPUTES, Layout
 from parallel.plan.measured import StageBytes, in_flight, stage_bytes
 from parallel.plan.step import StepModel
 
@@ -152,14 +152,14 @@ class MemoryModel:
             M = min(M, STEADY * layout.pp + M % 2)
         key = (
             "activations", layout.schedule, layout.pp, M, layout.precision, layout.recompute, layout.microbatch_size,
-            *((layout.ep, layout.dispatcher, layout.overlap) if self.step.cluster.measured else ()),
+            layout.pairs, *((layout.ep, layout.dispatcher) if self.step.cluster.measured else ()),
         )  # fmt: skip
         cache = self.step.cache
         if key not in cache:
-            schedule = schedule_of(layout.schedule, layout.pp, M)
+            schedule = layout.make_schedule(M)
             size = self.stage_bytes(layout)
             held = curves(schedule, size.forward_S, size.late_S)
-            if self.step.measured(layout) and layout.overlap:
+            if self.step.measured(layout) and layout.pairs:
                 laid_over = half_of_pairs(schedule, size.forward_S)
                 held = (one - half for one, half in zip(held, laid_over, strict=True))
             between = self._between(layout, schedule)
@@ -232,7 +232,7 @@ class MemoryModel:
         model = self.step.model
         rows = self.step.sequence_length * layout.microbatch_size * model.num_experts_per_tok
         operand = SCALED if layout.precision == "fp8" else 2.0
-        microbatches = 2 if layout.overlap and layout.schedule.startswith("dualpipe") else 1
+        microbatches = 2 if layout.pairs else 1
         return microbatches * rows * model.hidden_size * (operand + 2.0)
 
     def _workspace(self, layout: Layout) -> float:

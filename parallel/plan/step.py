@@ -6,7 +6,8 @@ The terms are those that the published step is told in (ISCA paper, table 4), se
     reduce    gradients summed over copies, new weights gathered        update   the optimizer's own work
 
 `simulate` replays the very schedule; `estimate` is its closed form, a few thousand a second, which chooses what is
-worth replaying. No torch.
+worth replaying. Results leave when the executor sends them: the input gradient of a full B before its W, those of an
+overlapped pair when it ends (in the published order both are ready last, but for one W of attention). No torch.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from infra.hardware import ClusterConfig
 from model.config import ModelConfig
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.dualpipe import phase_counts
+from parallel.pipeline.passes import in_turn
 from parallel.pipeline.replay import replay
 from parallel.pipeline.split import split_layers
 from parallel.plan.cost import Kernels, LayerTimes, Times, pair_time
 from parallel.plan.counts import Group, rank_groups
-from parallel.plan.layout import Layout, schedule_of
+from parallel.plan.layout import OVERLAPPING, Layout
 from parallel.plan.measured import row_for
 
 
@@ -126,16 +128,15 @@ class StepModel:
         return (a, b, c), (d, e, f)
 
     def stages(self, layout: Layout) -> StageTimes:
-        overlap = layout.overlap and layout.schedule.startswith("dualpipe")
         key = (
             "stages", layout.schedule, layout.pp, layout.ep, layout.dispatcher, layout.microbatch_size,
-            layout.precision, layout.recompute, layout.world, overlap,
+            layout.precision, layout.recompute, layout.world, layout.pairs,
         )  # fmt: skip
         if key not in self.cache:
-            self.cache[key] = self._stages(layout, overlap)
+            self.cache[key] = self._stages(layout)
         return self.cache[key]
 
-    def _stages(self, layout: Layout, overlap: bool) -> StageTimes:
+    def _stages(self, layout: Layout) -> StageTimes:
         kernels, moe, dense = self.layers(layout)
         send = kernels.send(layout.dp) if layout.pp > 1 else 0.0
         split = self.split(layout.num_stages)
@@ -151,7 +152,9 @@ class StepModel:
             f, i, w, num_moe_S = (np.full(len(split), counted.mean()) for counted in (f, i, w, num_moe_S))
         single = np.stack((f, i + w, i, w))
         pair = np.stack((f[:, None] + single[1], f[:, None] + single[2]))
-        if overlap and moe.dispatch:  # as many layers with experts as both stages have overlap; the rest runs alone
+        if (
+            layout.pairs and moe.dispatch
+        ):  # as many layers with experts as both stages have overlap; the rest runs alone
             shared_SS = np.minimum(num_moe_S[:, None], num_moe_S)
             for k, is_split in enumerate((False, True)):
                 alone = moe.forward + moe.input_grad + (0.0 if is_split else moe.weight_grad)
@@ -201,14 +204,19 @@ class StepModel:
         self, layout: Layout, global_batch_size: int, factor_S: np.ndarray | None = None
     ) -> tuple[Schedule, np.ndarray, np.ndarray]:
         """The very schedule, and when each of its slots starts and ends: exact, given the times of the stages (and
-        what disturbs each slot). Results leave when slots end."""
-        schedule = schedule_of(layout.schedule, layout.pp, layout.num_microbatches(global_batch_size))
+        what disturbs each slot). A pair that is not overlapped is two slots."""
         times = self.stages(layout)
+        M = layout.num_microbatches(global_batch_size)
+        schedule = layout.make_schedule(M)
+        if layout.schedule in OVERLAPPING and not layout.pairs:
+            key = "in turn", layout.schedule, layout.pp, M
+            if key not in self.cache:
+                self.cache[key] = in_turn(schedule)
+            schedule = self.cache[key]
         duration_S = slot_seconds(schedule, times)
         if factor_S is not None:
             duration_S = duration_S * factor_S
-        sizes = np.diff(schedule.columns.slot_S1)
-        start_S, *_ = replay(schedule, duration_S, np.repeat(duration_S, sizes), times.send)
+        start_S, *_ = replay(schedule, duration_S, leaving_seconds(schedule, times, duration_S), times.send)
         return schedule, start_S, start_S + duration_S
 
     def simulate(self, layout: Layout, global_batch_size: int) -> StepTime:
@@ -227,27 +235,32 @@ class StepModel:
         return StepTime(forward, full - of_full + inputs, weights + of_full, pairs, bubble, reduce, update)
 
     def estimate(self, layout: Layout, global_batch_size: int) -> float:
-        """Seconds of a step in closed form: the work of the mean rank and the published formula of the bubble."""
+        """Seconds of a step in closed form: the work of the mean rank, and formulas of the bubble - DualPipe's as
+        published, of the others with input gradients that leave before W is computed. 1f1b and zbv in pairs: counted
+        off the schedules, within a pair or two."""
         times, M, pp = self.stages(layout), layout.num_microbatches(global_batch_size), layout.pp
         per_rank = layout.num_stages // pp
         f, i, w = times.mean_f * per_rank, times.mean_i * per_rank, times.mean_w * per_rank
-        work = M * (f + i + w)
-        if layout.schedule.startswith("dualpipe"):
+        work, gain = M * (f + i + w), times.mean_f + times.mean_i + times.mean_w - times.mean_pair
+        if layout.schedule in OVERLAPPING:
             half, each = (pp, M) if layout.schedule == "dualpipev" else (pp // 2, M // 2)
             _, _, _, main, late, *_ = phase_counts(half, half // 2, max(each, 2 * half))
             pairs = max(0, 2 * main + late - 2 * max(0, 2 * half - each))
-            work -= pairs * (times.mean_f + times.mean_i + times.mean_w - times.mean_pair)
+            work -= pairs * gain
             bubble = (half - 1) * (times.mean_pair + times.mean_i - 2 * times.mean_w)
+        elif layout.pairs:
+            work -= max(0.0, per_rank * M - pp * (1.0 if per_rank == 1 else 2.5)) * gain
+            bubble = (pp - 1) * (f + i - per_rank * gain)
         else:
-            share = {"interleaved_1f1b": (f + i + w) / 2, "zb1p": f + i - w, "zbv": (f + i - 2 * w) / 2}
-            bubble = (pp - 1) * share.get(layout.schedule, f + i + w)
+            share = {"interleaved_1f1b": (f + i) / 2, "zb1p": f + i - w, "zbv": (f + i - 2 * w) / 2}
+            bubble = (pp - 1) * share.get(layout.schedule, f + i)
         return work * times.uneven + max(0.0, bubble) + sum(self.optimizer(layout))
 
     def groups(self, layout: Layout) -> list[list[Group]]:
         key = ("groups", layout.pp, layout.ep, layout.schedule, layout.world)
         if key not in self.cache:
             num_microbatches = 2 * layout.pp  # placement does not depend on it
-            schedule = schedule_of(layout.schedule, layout.pp, num_microbatches)
+            schedule = layout.make_schedule(num_microbatches)
             self.cache[key] = rank_groups(self.model, layout.mesh, schedule, self.split(layout.num_stages))
         return self.cache[key]
 
@@ -296,6 +309,19 @@ def slot_seconds(schedule: Schedule, times: StageTimes) -> np.ndarray:
         (actions_A3[backward, 1] == Op.I).astype(int), actions_A3[forward, 0], actions_A3[backward, 0]
     ]
     return duration_S
+
+
+def leaving_seconds(schedule: Schedule, times: StageTimes, duration_S: np.ndarray) -> np.ndarray:
+    """When each result leaves, counted from the start of its slot: at the end, but for a full B that runs alone, whose
+    W comes after its input gradient."""
+    _, slot_S1, actions_A3 = schedule.columns
+    size_S = np.diff(slot_S1)
+    leaves_A = np.repeat(duration_S, size_S)
+    stage, op = actions_A3[slot_S1[:-1], 0], actions_A3[slot_S1[:-1], 1]
+    alone = (size_S == 1) & (op == Op.B)
+    share = times.single[Op.I] / times.single[Op.B]
+    leaves_A[slot_S1[:-1][alone]] *= share[stage[alone]]
+    return leaves_A
 
 
 def _unevenness(layout: Layout, work_S: np.ndarray) -> float:

@@ -46,15 +46,18 @@ def test_dualpipe_holds_the_published_pp_plus_1() -> None:
         assert curve.max() == pytest.approx(17)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "gpipe"])
+@pytest.mark.parametrize(
+    ("name", "paired"), [*((n, False) for n in NAMES if n != "gpipe"), ("1f1b", True), ("zbv", True)]
+)
 @pytest.mark.parametrize("pp", [2, 4, 8])
-def test_the_peak_is_reached_early(name: str, pp: int) -> None:
+def test_the_peak_is_reached_early(name: str, paired: bool, pp: int) -> None:
     """So it may be asked of a shorter step."""
     rng = np.random.default_rng(2)
     stages = schedule_of(name, pp, 2 * pp).num_stages
     forward, late = 1 + rng.random(stages), 1 + rng.random(stages)
     short, long = (
-        [c.max() for c in curves(schedule_of(name, pp, m), forward, late)] for m in (STEADY * pp, 3 * STEADY * pp)
+        [c.max() for c in curves(schedule_of(name, pp, m, paired), forward, late)]
+        for m in (STEADY * pp, 3 * STEADY * pp)
     )
     assert short == pytest.approx(long, rel=1e-9)
 

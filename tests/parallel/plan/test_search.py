@@ -1,14 +1,16 @@
 """The search: what is legal, what wins, what is refused."""
 
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 
 from launch.plan import planner_of
 from launch.validate import BATCH, V3, config_of
 from model.config import ModelConfig
+from parallel.config import ParallelConfig
 from parallel.pipeline.passes import validate
-from parallel.plan.layout import Layout, illegal, layouts, schedule_of
+from parallel.plan.layout import Layout, illegal, layouts
 from parallel.plan.search import Plan, Planner, Row, pareto, terms
 
 
@@ -48,10 +50,21 @@ def test_every_listed_layout_has_a_valid_schedule() -> None:
     shapes = set()
     for layout in layouts(config.model, config.cluster, 4, 24, {}):
         assert illegal(config.model, layout, 24) is None
-        shapes.add((layout.schedule, layout.pp, layout.num_microbatches(24)))
-    for shape in shapes:
-        validate(schedule_of(*shape))
+        shapes.add((layout.schedule, layout.pp, layout.pairs, layout.num_microbatches(24)))
+        schedule = layout.make_schedule(layout.num_microbatches(24))
+        has_pairs = any(len(slot) == 2 for program in schedule.programs for slot in program)
+        assert has_pairs or not layout.pairs or layout.num_microbatches(24) < 2 * layout.pp
+        validate(schedule)
     assert len(shapes) > 10
+    assert {name for name, _, pairs, _ in shapes if pairs} == {"1f1b", "zbv", "dualpipe", "dualpipev"}
+
+
+def test_a_plan_lays_the_schedule_that_a_run_makes() -> None:
+    for name, ep, overlap in product(("1f1b", "zbv", "zb1p", "dualpipe"), (1, 2), (True, False)):
+        dispatcher = "two_hop" if ep > 1 else "local"
+        run = ParallelConfig(2, ep, 8, name, dispatcher, overlap=overlap).make_schedule(8)
+        planned = Layout(4, 8, 2, ep, name, dispatcher, overlap).make_schedule(8)
+        assert planned.programs == run.programs
 
 
 def test_told_words_are_kept(planner: Planner) -> None:
