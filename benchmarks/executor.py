@@ -4,8 +4,10 @@
 
 Stages sleep through their F, I and W, so that a machine with few cores can play many ranks; real tensors travel through
 gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there. An
-operation is one sleep; what it costs beyond the ideal is `over`, and what sleeping itself overshoots, measured in the
-same sleeps, is `of that sleep`. Ours and those of torch.distributed.pipelining run in turn, in the same processes.
+operation is one sleep. `over` is the time by which each of them would have to be longer for the simulated step to take
+as long as the measured one did: of operations that stand behind one another, on one rank or on several, every one
+counts. What sleeping itself overshoots, measured in the same sleeps, is `of that sleep`. Ours and those of
+torch.distributed.pipelining run in turn, in the same processes.
 With real computing: executor_computing.py.
 """
 
@@ -127,7 +129,7 @@ def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns
             steps[name] = torch_step(name, rank, pp, num_microbatches, module_of, batch)
         except ValueError:
             continue  # this schedule does not take so few microbatches
-    results: dict[str, Any] = {name: {"seconds": [], "overshoot": [], "num_sleeps": 0} for name in steps}
+    results: dict[str, Any] = {name: {"seconds": [], "overshoot": []} for name in steps}
     for turn in range(turns + 1):
         for name, step in steps.items():
             sleeper.overshoot, sleeper.num_sleeps = 0.0, 0
@@ -138,7 +140,6 @@ def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns
                 continue  # the first is to warm up
             results[name]["seconds"].append(time.perf_counter() - began)
             results[name]["overshoot"].append(sleeper.overshoot / sleeper.num_sleeps)
-            results[name]["num_sleeps"] = sleeper.num_sleeps
     return results
 
 
@@ -149,10 +150,12 @@ def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[d
     for name in ranks[0]:
         schedule = SCHEDULES[LIKE.get(name, name)](pp, num_microbatches)
         ideal = simulate(schedule, Costs(*times)).step_time
+        # costs are of 1/PP of the model, a sleep is of one stage
+        longer = Costs(*(time + 1e-6 * schedule.num_stages / pp for time in times))
+        in_line = (simulate(schedule, longer).step_time - ideal) / 1e-6  # operations that stand behind one another
         seconds = [max(rank[name]["seconds"][turn] for rank in ranks) for turn in range(turns)]
         overshoot = statistics.mean(value for rank in ranks for value in rank[name]["overshoot"])
         median = statistics.median(seconds)
-        num_sleeps = statistics.mean(rank[name]["num_sleeps"] for rank in ranks)
         rows.append(
             {
                 "schedule": name,
@@ -163,7 +166,8 @@ def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[d
                 "step_ms": 1e3 * median,
                 "ratio": median / ideal,
                 "ratios": [value / ideal for value in seconds],
-                "over_ms": 1e3 * (median - ideal) / num_sleeps,
+                "over_ms": 1e3 * (median - ideal) / in_line,
+                "in_line": in_line,
                 "sleep_ms": 1e3 * overshoot,
             }
         )

@@ -42,6 +42,8 @@ class Op(IntEnum):
     SEND_B = 6
     RECV_B = 7
 
+    __hash__ = int.__hash__  # Enum's own is in Python: every set and dict of actions would call it
+
     def __str__(self) -> str:
         return self.name
 

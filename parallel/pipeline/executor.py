@@ -15,22 +15,21 @@ at least one slot before the lowered program has it, and waited for by the actio
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import torch.distributed as dist
 from torch import Tensor
 
-from parallel.pipeline.actions import Action, Op, Program, Schedule, Slot, depends_on
+from parallel.pipeline.actions import Action, Op, Program, Schedule
 from parallel.pipeline.clock import clock_of
 from parallel.pipeline.overlap import Side, run_pair
 from parallel.pipeline.p2p import P2P, Spec
+from parallel.pipeline.tasks import Task, tie
 from parallel.pipeline.timeline import Span
 from parallel.pipeline.validate import ScheduleError
 
-_RECEIVES = (Op.RECV_F, Op.RECV_B)
 _A_WAIT = 1e-4  # seconds from which a receive counts as waited for
 
 Phases = Generator[str, None, Tensor | None]  # yields the name of the phase it will run next
@@ -70,15 +69,11 @@ class Executor:
                 f"rank {rank} has stages {sorted(stages)}, but {schedule.name} places {schedule.stages_of(rank)} there"
             )
         self.schedule, self.rank, self.stages = schedule, rank, stages
-        self._program, self._p2p, self._overlap = lowered, p2p, overlap
-        self._outputs = {index: stage.output for index, stage in stages.items()}
-        self._inputs = p2p.negotiate(schedule, self._outputs)
-        self._source = {a: self._source_of(a) for slot in lowered for a in slot if a.op in (Op.F, Op.B, Op.I)}
-        self._values: dict[Action, Tensor] = {}  # by the action that made it, until the one action that reads it
-        self._arriving: dict[Action, tuple[Tensor, dist.Work]] = {}
-        self._unsent: dict[int, deque[Action]] = {}  # SEND actions by destination, in lowered order
-        self._receives = [(index, a) for index, slot in enumerate(lowered) for a in slot if a.op in _RECEIVES]
-        self._posted = 0  # how many of them are posted
+        self._p2p, self._overlap = p2p, overlap
+        inputs = p2p.negotiate(schedule, {index: stage.output for index, stage in stages.items()})
+        self._tied = tie(schedule, lowered, stages, inputs)
+        self._unsent: dict[int, deque[Task]] = {}  # what is left of the channels in this step
+        self._posted = 0  # how many receives are posted
         self._num_computed = 0
         self._clock = clock_of(p2p.device)
         self._marks: list[_Marks] = []
@@ -90,19 +85,20 @@ class Executor:
         """
         self._marks, self._num_computed, self._posted = [], 0, 0
         self._clock.begin()
-        self._unsent = defaultdict(deque)
-        for slot in self._program:
-            for a in slot:
-                if a.op in (Op.SEND_F, Op.SEND_B):
-                    self._unsent[self._peer(a)].append(a)
+        self._unsent = {dst: deque(makers) for dst, makers in self._tied.channels.items()}
         try:
-            for index, slot in enumerate(self._program):
-                self._post_receives(index + 2)
-                self._run(slot)
+            for due, slot in self._tied.slots:
+                self._post_receives(due)
+                if len(slot) == 2 and self._overlap:
+                    self._run_pair(*slot)
+                else:
+                    for task in slot:
+                        self._run_alone(task)
+                self._num_computed += 1
             self._p2p.drain()
         except Exception as error:
             raise PipelineError(self.schedule, self.rank, self._num_computed, error) from error
-        assert not self._values, "every result has one reader"
+        assert not any(self._unsent.values()), "every result has one reader"
 
     @property
     def spans(self) -> list[Span]:
@@ -137,124 +133,80 @@ class Executor:
         )
         return str(ScheduleError(self.schedule.name, self.schedule.programs, self.rank, slot, doing))
 
-    def _run(self, slot: Slot) -> None:
-        if slot[0].op > Op.W:
-            return
-        if len(slot) == 2 and self._overlap:
-            self._run_pair(*slot)
-        else:
-            for action in slot:
-                self._run_alone(action)
-        self._num_computed += 1
-
-    def _run_alone(self, action: Action) -> None:
-        stage, mark = self.stages[action.stage], self._clock.mark
+    def _run_alone(self, task: Task) -> None:
+        (stage_index, op, mb), stage, mark = task.action, task.stage, self._clock.mark
         due = mark()
-        x, source = self._take(action)
+        x, source = self._take(task)
         arrivals = [(source, mark())] if source else []
-        if action.op is Op.W:
-            stage.weight_grad(action.mb)
+        split = op is Op.I or stage_index > 0  # stage 0 has nobody to hurry for
+        if op is Op.W:
+            stage.weight_grad(mb)
         else:
-            split = action.op is Op.I or action.stage > 0  # stage 0 has nobody to hurry for
-            self._finish(action, _exhaust(self._phases(action, x, split)))
+            self._finish(task, _exhaust(_phases(task, x, split)))
         left = end = mark()
-        if action.op is Op.B and split:
-            stage.weight_grad(action.mb)
+        if op is Op.B and split:
+            stage.weight_grad(mb)
             end = mark()
         slot = self._marks[-1].slot + 1 if self._marks else 0
-        self._marks.append(_Marks(slot, action, due, arrivals, left, end))
+        self._marks.append(_Marks(slot, task.action, due, arrivals, left, end))
 
-    def _run_pair(self, f: Action, b: Action) -> None:
+    def _run_pair(self, f: Task, b: Task) -> None:
         mark = self._clock.mark
         due = mark()
-        inputs, arrivals, left = {}, [], {}
-        for action in (f, b):
-            inputs[action], source = self._take(action)
+        inputs, arrivals, left = [], [], {}
+        for task in (f, b):
+            x, source = self._take(task)
+            inputs.append(x)
             arrivals.append((source, mark()))
 
-        def side(action: Action) -> Side:
+        def side(task: Task, x: Tensor | None) -> Side:
             def finish(result: Tensor | None) -> None:
-                self._finish(action, result)
-                left[action] = mark()
+                self._finish(task, result)
+                left[task.action] = mark()
 
-            is_full = action.op is Op.B
-            weight_grad = partial(self.stages[action.stage].weight_grad, action.mb) if is_full else None
-            return Side(self._phases(action, inputs[action], split=True), finish, weight_grad)
+            is_full = task.action.op is Op.B
+            weight_grad = partial(task.stage.weight_grad, task.action.mb) if is_full else None
+            return Side(_phases(task, x, split=True), finish, weight_grad)
 
-        run_pair(side(f), side(b))
-        if b.op is Op.B:
-            self.stages[b.stage].weight_grad(b.mb)
+        run_pair(side(f, inputs[0]), side(b, inputs[1]))
+        if b.action.op is Op.B:
+            b.stage.weight_grad(b.action.mb)
         end = mark()
         slot = self._marks[-1].slot + 1 if self._marks else 0
-        self._marks += (_Marks(slot, action, due, arrivals, left[action], end) for action in (f, b))
+        self._marks += (_Marks(slot, a, due, arrivals, left[a], end) for a in (f.action, b.action))
 
-    def _phases(self, action: Action, x: Tensor | None, split: bool) -> Phases:
-        """The part of an F, B or I that others may wait for; the W of a split B comes after it, or between."""
-        stage = self.stages[action.stage]
-        if action.op is Op.F:
-            return stage.forward(action.mb, x)
-        return stage.backward(action.mb, x, split)
-
-    def _source_of(self, action: Action) -> Action | None:
-        """The action of the neighbouring stage whose tensor `action` reads."""
-        return next((d for d in depends_on(action, self.schedule) if d.stage != action.stage), None)
-
-    def _take(self, action: Action) -> tuple[Tensor | None, Action | None]:
-        """The tensor that `action` reads, waited for if need be, and the action that made it, if on another rank."""
-        source = self._source.get(action)
-        if source is None:
-            return None, None
-        if source in self._values:
-            return self._values.pop(source), None
-        tensor, work = self._arriving.pop(source)
+    def _take(self, task: Task) -> tuple[Tensor | None, Action | None]:
+        """The tensor that the task reads, waited for if need be, and the action that made it, if on another rank."""
+        x, task.x = task.x, None
+        if task.source is None:
+            return x, None
+        assert task.arrival is not None
         try:
-            work.wait()
+            task.arrival.wait()
         except RuntimeError as error:
-            rank = self.schedule.rank_of(source.stage, source.mb)
-            raise ConnectionError(f"{source} of rank {rank} did not come: {error}") from error
-        return tensor, source
+            rank = self.schedule.rank_of(task.source.stage, task.source.mb)
+            raise ConnectionError(f"{task.source} of rank {rank} did not come: {error}") from error
+        task.arrival = None
+        return x, task.source
 
-    def _finish(self, action: Action, result: Tensor | None) -> None:
-        """Keeps the result for its reader on this rank, or sends all that its channel's order now allows."""
-        reader = action.stage + (1 if action.op is Op.F else -1)
-        if result is None or not 0 <= reader < self.schedule.num_stages:
-            return
-        self._values[action] = result
-        dst = self.schedule.rank_of(reader, action.mb)
-        if dst == self.rank:
-            return
-        unsent = self._unsent[dst]
-        while unsent and (made := self._made_by(unsent[0])) in self._values:
-            unsent.popleft()
-            self._p2p.send(self._values.pop(made), dst)
+    def _finish(self, task: Task, result: Tensor | None) -> None:
+        """Hands the result to its reader on this rank, or sends all that its channel's order now allows."""
+        if task.reader is not None:
+            task.reader.x = result
+        elif task.dst is not None:
+            task.result = result
+            unsent = self._unsent[task.dst]
+            while unsent and (result := unsent[0].result) is not None:
+                unsent.popleft().result = None
+                self._p2p.send(result, task.dst)
 
-    def _made_by(self, send: Action) -> Action:
-        """The compute action on this rank whose result `send` sends."""
-        if send.op is Op.SEND_F:
-            return Action(send.stage, Op.F, send.mb)
-        split = (send.stage, send.mb) in self.schedule.split_backwards
-        return Action(send.stage, Op.I if split else Op.B, send.mb)
-
-    def _post_receives(self, end: int) -> None:
-        """Posts the receives of all slots before `end` - and where one is due, the next few with it."""
-        if self._posted < len(self._receives) and self._receives[self._posted][0] < end:
-            batch = self._receives[self._posted : self._posted + self._p2p.ahead]
-            for _, receive in batch:
-                self._post(receive)
+    def _post_receives(self, due: int) -> None:
+        """Posts the first `due` receives - and where one is missing, the next few with it."""
+        if self._posted < due:
+            batch = self._tied.receives[self._posted : max(due, self._posted + self._p2p.ahead)]
+            for reader, src, spec in batch:
+                reader.x, reader.arrival = self._p2p.receive(src, spec)
             self._posted += len(batch)
-
-    def _post(self, receive: Action) -> None:
-        stage, op, mb = receive
-        if op is Op.RECV_F:
-            source, spec = Action(stage - 1, Op.F, mb), self._inputs[stage]
-        else:
-            split = (stage + 1, mb) in self.schedule.split_backwards
-            source, spec = Action(stage + 1, Op.I if split else Op.B, mb), self._outputs[stage]
-        self._arriving[source] = self._p2p.receive(self._peer(receive), spec)
-
-    def _peer(self, action: Action) -> int:
-        step = 1 if action.op in (Op.SEND_F, Op.RECV_B) else -1
-        return self.schedule.rank_of(action.stage + step, action.mb)
 
 
 class _Marks(NamedTuple):
@@ -275,6 +227,13 @@ class PipelineError(RuntimeError):
     def __init__(self, schedule: Schedule, rank: int, slot: int, cause: Exception):
         reason = str(cause) or type(cause).__name__
         super().__init__(str(ScheduleError(schedule.name, schedule.programs, rank, slot, reason)))
+
+
+def _phases(task: Task, x: Tensor | None, split: bool) -> Phases:
+    """The part of an F, B or I that others may wait for; the W of a split B comes after it, or between."""
+    if task.action.op is Op.F:
+        return task.stage.forward(task.action.mb, x)
+    return task.stage.backward(task.action.mb, x, split)
 
 
 def _exhaust(phases: Phases) -> Tensor | None:

@@ -84,7 +84,7 @@ class P2P:
 
     def send(self, tensor: Tensor, dst: int) -> None:
         """Starts sending `tensor` to pipeline rank `dst`."""
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.contiguous()
         sending = self._sending[dst]
         while sending and sending[0][0].is_completed():
             sending.popleft()
