@@ -1,12 +1,11 @@
 """What the planner predicts beside what ranks of ours do: step times, and bytes of live tensors.
 
-    torchrun --nproc-per-node=2 launch/calibrate.py layers=true microbatch_sizes=[2] out=cluster/mine.yaml
-    python benchmarks/plan_against_runs.py real memory --cluster cluster/mine.yaml
+    python benchmarks/plan_against_runs.py real memory
     sudo .venv/bin/python benchmarks/plan_against_runs.py sleeping
     python benchmarks/plan_against_runs.py report
 
 real:      every legal layout of two ranks, the debug model in BF16 with even routing, a core a rank: the step of the
-           training loop beside the planner's, from layers that launch/calibrate.py measured on one pipeline rank.
+           training loop beside the planner's, from what launch/calibrate.py measures, in turn in the same processes.
 memory:    20 random layouts of up to 8 ranks, the same model: the fullest rank's bytes of live tensors in a step (and
            its parameters, gradients and optimizer states) beside the planner's.
 sleeping:  20 random layouts of up to 8 ranks on an emulated cluster with a network card a rank: layers that sleep for
@@ -43,7 +42,8 @@ from infra.live_bytes import LiveBytes
 from infra.lr import LRConfig
 from infra.precision import PrecisionConfig
 from infra.prepare import PrepareConfig, prepare
-from launch.measure_layers import lane_counted, measure_layer
+from launch.calibrate import CalibrateConfig, Calibration, LengthConfig
+from launch.measure_layers import chain, lane_counted, measure_layer
 from launch.trainer import Trainer
 from launch.validate import config_of
 from measuring.cluster import from_rank, on_cluster
@@ -52,6 +52,7 @@ from measuring.sleeping_layers import TOKENS
 from measuring.sleeping_step import rate_for, sleeping_cluster, sleeping_model, sleeping_steps
 from parallel.config import ParallelConfig
 from parallel.plan.layout import Layout, layouts
+from parallel.plan.measured import key
 from parallel.plan.memory import MemoryModel, RankMemory
 from parallel.plan.step import StepModel
 from tests.ranks import run_ranks
@@ -59,7 +60,7 @@ from tests.ranks import run_ranks
 LENGTH, MICROBATCH, BATCH = 256, 2, 16
 RANDOM = 20  # layouts
 LAUNCHED = 5  # of them in one launch of the emulated cluster
-STEPS, TURNS, WARM_UPS = 2, 2, 3
+STEPS, TURNS, WARM_UPS = 2, 4, 3  # steps, and microbatches through the layers, in each turn
 WANTED = {"real": 10.0, "memory": 3.0, "sleeping": 10.0}  # per cent
 MODEL = config_of("model=debug").model
 
@@ -80,19 +81,26 @@ def training(layout: Layout, data: Path, batch: int) -> Config:
     )
 
 
-def in_turn(rank: int, size: int, config: Config, layout: Layout) -> tuple[list[float], list[dict[str, Any]]]:
-    """(seconds of steps, rows of layers): steps, then layers, and again, so that what slows the machine slows both."""
+def in_turn(rank: int, size: int, config: Config, layout: Layout) -> tuple[list[float], ClusterConfig]:
+    """(seconds of steps, what launch/calibrate.py says of messages, the optimizer and layers): steps, then layers, and
+    again, so that what slows the machine slows both."""
     keep_freed_memory()  # as whatever starts a run does
     world = World(rank, size, torch.device("cpu"))
-    trainer = Trainer(config, world)
-    alone = replace(layout, pp=1)
+    trainer, layers = Trainer(config, world), chain(MODEL, replace(layout, pp=1), LENGTH, world)
     for _ in range(WARM_UPS):
         trainer.train_step()
+        layers.seconds(1, 0)
     seconds, rows = [], []
     for _ in range(TURNS):
         seconds += [trainer.train_step()[0]["step_time"] for _ in range(STEPS)]
-        rows.append(measure_layer(MODEL, alone, LENGTH, world, turns=4))
-    return seconds, rows
+        rows.append(layers.seconds(STEPS, 1))
+    calibrate = CalibrateConfig(MODEL, PrecisionConfig(layout.precision), LengthConfig(LENGTH))
+    calibration, tokens = Calibration(calibrate, world), layout.microbatch_size * LENGTH
+    calibration.peaks()
+    calibration.moves(tokens)
+    calibration.messages(tokens)
+    calibration.cluster.measured.append({"of": key(MODEL, layout, LENGTH), "seconds": mean(rows)})
+    return seconds, calibration.cluster
 
 
 def mean(rows: list[Any]) -> Any:
@@ -118,17 +126,16 @@ def held_bytes(rank: int, size: int, config: Config) -> tuple[int, int]:
     return states, states + live.peak
 
 
-def two_ranks(cluster: ClusterConfig) -> Iterator[Layout]:
-    two = replace(cluster, num_ranks=2, ranks_per_node=2)
+def two_ranks() -> Iterator[Layout]:
     told = {"precision": "bf16", "zero_stage": 0, "microbatch_size": MICROBATCH}
-    yield from layouts(MODEL, two, 2, BATCH, told)
+    yield from layouts(MODEL, ClusterConfig(num_ranks=2, ranks_per_node=2), 2, BATCH, told)
 
 
-def random_layouts(cluster: ClusterConfig) -> list[tuple[Layout, int]]:
+def random_layouts() -> list[tuple[Layout, int]]:
     """(layout, batch) of up to 8 ranks, drawn from all legal ones of each size."""
     draw, found = random.Random(2), []
     for world in [2, 4, 8] * RANDOM:
-        one = replace(cluster, num_ranks=world, ranks_per_node=world)
+        one = ClusterConfig(num_ranks=world, ranks_per_node=world)
         batch = MICROBATCH * world * draw.choice((2, 4))
         told = {"precision": "bf16", "microbatch_size": MICROBATCH}
         candidates = list(layouts(MODEL, one, world, batch, told))
@@ -176,25 +183,23 @@ class Cases:
 Measurements = Iterator[tuple[str, Callable[[], dict[str, dict[str, Any]]]]]
 
 
-def case_of(layout: Layout, batch: int, cluster: ClusterConfig, row: dict[str, Any], **measured: Any) -> dict[str, Any]:
-    here = replace(cluster, num_ranks=layout.world, measured=[row])
-    return {"layout": asdict(layout), "batch": batch, "cluster": asdict(here)} | measured
+def case_of(layout: Layout, batch: int, cluster: ClusterConfig, **measured: Any) -> dict[str, Any]:
+    return {"layout": asdict(layout), "batch": batch, "cluster": asdict(cluster)} | measured
 
 
-def real(cluster: ClusterConfig, data: Path) -> Measurements:
+def real(data: Path) -> Measurements:
 
     def measure(layout: Layout) -> dict[str, dict[str, Any]]:
         ranks = run_ranks(2, in_turn, training(layout, data, BATCH), layout)
         seconds = [max(turn) for turn in zip(*(steps for steps, _ in ranks), strict=True)]
-        here = replace(cluster, ranks_per_node=2)
-        case = case_of(layout, BATCH, here, mean(ranks[0][1]), measured=statistics.median(seconds), seconds=seconds)
+        case = case_of(layout, BATCH, ranks[0][1], measured=statistics.fmean(seconds), seconds=seconds)
         return {name_of(layout, BATCH): case}
 
-    for layout in two_ranks(cluster):
+    for layout in two_ranks():
         yield name_of(layout, BATCH), partial(measure, layout)
 
 
-def memory(cluster: ClusterConfig, data: Path) -> Measurements:
+def memory(data: Path) -> Measurements:
     rows: dict[str, dict[str, Any]] = {}
 
     def layer(rank: int, size: int, layout: Layout) -> dict[str, Any]:
@@ -206,13 +211,13 @@ def memory(cluster: ClusterConfig, data: Path) -> Measurements:
         row |= run_ranks(layout.ep, layer, alone)[0] if not row else {}
         ranks = run_ranks(layout.world, held_bytes, training(layout, data, batch))
         states, whole = max(ranks, key=lambda of_rank: of_rank[1])
-        here = replace(cluster, ranks_per_node=layout.world)
+        here = ClusterConfig(num_ranks=layout.world, ranks_per_node=layout.world, measured=[row])
         case = case_of(
-            layout, batch, here, row, measured=whole / 1e6, of_states=states / 1e6, states=[one for one, _ in ranks]
+            layout, batch, here, measured=whole / 1e6, of_states=states / 1e6, states=[one for one, _ in ranks]
         )
         return {name_of(layout, batch): case}
 
-    for layout, batch in random_layouts(cluster):
+    for layout, batch in random_layouts():
         yield name_of(layout, batch), partial(measure, layout, batch)
 
 
@@ -235,7 +240,7 @@ def sleeping() -> Measurements:
         found = on_cluster(__file__, world, 1, rate, [words])
         return {
             name: case_of(
-                layout, batch, sleeping_cluster(rate), one["row"],
+                layout, batch, sleeping_cluster(world, rate, one["row"]),
                 measured=statistics.median(one["seconds"]), seconds=one["seconds"],
             )
             for (name, (layout, batch)), one in zip(together.items(), found, strict=True)
@@ -354,7 +359,6 @@ def small_data(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(WANTED)}, report; all where none is named")
-    parser.add_argument("--cluster", type=Path, default=Path("cluster/mine.yaml"), help="of launch/calibrate.py")
     parser.add_argument("--out", type=Path, default=Path("plan_against_runs.json"))
     parser.add_argument("--report", type=Path, help="a Markdown file")
     parser.add_argument("--plot", type=Path)
@@ -373,10 +377,10 @@ def main() -> None:
     cases = Cases(options.out, options.seconds)
     with tempfile.TemporaryDirectory() as folder:
         if {"real", "memory"} & set(options.parts):
-            data, cluster = small_data(Path(folder)), as_cluster(OmegaConf.load(options.cluster))
+            data = small_data(Path(folder))
             for part, make in (("real", real), ("memory", memory)):
                 if part in options.parts:
-                    cases.run(part, make(cluster, data))
+                    cases.run(part, make(data))
     if "sleeping" in options.parts:
         cases.run("sleeping", sleeping())
     if "report" in options.parts:

@@ -223,7 +223,9 @@ class Calibration:
 
         if self.mesh.node.size > 1:
             cluster.node_gbs, cluster.node_latency_us = rate(self.mesh.node)
-            cluster.p2p_gbs = 1e-9 * tokens * row_bytes / watch.p2p(self.mesh.node, tokens, width, self.dtype)
+            seconds = watch.p2p(self.mesh.node, tokens, width, self.dtype)
+            seconds = max(seconds - 1e-6 * cluster.node_latency_us, 0.1 * seconds)  # which a plan adds again
+            cluster.p2p_gbs = 1e-9 * tokens * row_bytes / seconds
             from launch.measure_kernels import UPDATED
 
             share = (self.mesh.node.size - 1) / self.mesh.node.size

@@ -1,8 +1,8 @@
 """Runs the layers of a model phase by phase, for as many microbatches as it takes, and says what each took and held.
 
 The stages are those of a run: a chain of four on one pipeline rank - the embedding and a layer, a layer, a MoE layer,
-and a MoE layer with the head and the modules of MTP - whose differences are the layers and the two ends. All ranks run
-at once, as they do in training; what is returned is the mean over them.
+and a MoE layer with the head and the modules of MTP - whose differences are the layers and the two ends; the MoE layer
+also runs as an overlapped pair. All ranks run at once, as they do in training; what is returned is the mean over them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from parallel.mesh import Mesh, MeshConfig
 from parallel.parallelize import parallelize
 from parallel.pipeline import p2p
 from parallel.pipeline.executor import Phases
+from parallel.pipeline.overlap import Side, run_pair
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.stage import BatchScale, TransformerStage
 from parallel.plan.layout import Layout
@@ -49,6 +50,16 @@ def measure_layer(
 
     Means, since a step is a sum: what holds up a microbatch now and then holds up a step a little each time.
     """
+    run = chain(model, layout, sequence_length, world)
+    return {
+        "of": key(model, layout, sequence_length),
+        "seconds": run.seconds(turns),
+        "bytes": run.bytes() | run.between_stages(),
+    }
+
+
+def chain(model: ModelConfig, layout: Layout, sequence_length: int, world: World) -> Chain:
+    """The layers of `model` as `layout` runs them. Collective."""
     num_dense = 2 if model.first_k_dense_replace else 0
     four = replace(model, num_hidden_layers=4, first_k_dense_replace=num_dense)
     parallel = ParallelConfig(
@@ -67,16 +78,11 @@ def measure_layer(
         weight_decay=0.0,
         microbatch=(layout.microbatch_size, sequence_length),
     )
-    run = Chain(four, replica.stages, replica.dispatcher, (layout.microbatch_size, sequence_length), world)
-    return {
-        "of": key(model, layout, sequence_length),
-        "seconds": run.seconds(turns),
-        "bytes": run.bytes() | run.between_stages(),
-    }
+    return Chain(four, replica.stages, replica.dispatcher, (layout.microbatch_size, sequence_length), world)
 
 
 class Chain:
-    """Four stages on one pipeline rank - of `model`, which has four layers - and one microbatch [B, L] for them."""
+    """Four stages on one pipeline rank - of `model`, which has four layers - and microbatches [B, L] for them."""
 
     def __init__(
         self,
@@ -88,7 +94,7 @@ class Chain:
     ):
         B, L = microbatch
         generator = torch.Generator().manual_seed(world.rank)
-        tokens_MBL = torch.randint(model.vocab_size, (1, B, L + 1), generator=generator).to(world.device)
+        tokens_MBL = torch.randint(model.vocab_size, (2, B, L + 1), generator=generator).to(world.device)
         self.tokens_MBL, self.world = tokens_MBL, world
         self.stages = [stages[s] for s in range(4)]
         self.dispatcher = dispatcher
@@ -96,14 +102,14 @@ class Chain:
         weights = {"lm_loss": 1.0, "mtp_loss": 0.3 / max(1, self.depths), "balance_loss": model.aux_loss_alpha}
         self.scale = BatchScale(B * L, weights)
 
-    def seconds(self, turns: int) -> dict[str, Any]:
+    def seconds(self, turns: int, warm_ups: int = WARM_UPS) -> dict[str, Any]:
         """`seconds` of a row: means of `turns` microbatches. Collective."""
         spent: dict[tuple[int, str], list[float]] = defaultdict(list)
-        for turn in range(WARM_UPS + turns):
+        for turn in range(warm_ups + turns):
             if self.world.size > 1:
                 dist.barrier()
-            for name, seconds in self._timed().items():
-                if turn >= WARM_UPS:
+            for name, seconds in (self._timed() | {(2, "pair"): self._pair()}).items():
+                if turn >= warm_ups:
                     spent[name].append(seconds)
         names = sorted(spent)
         times = self._mean_over_ranks([fmean(spent[name]) for name in names])
@@ -137,6 +143,22 @@ class Chain:
             stage.weight_grad(0)
             found[s, "w"] += self._now() - began
         return found
+
+    def _pair(self) -> float:
+        """Seconds of the MoE layer's F of one microbatch laid over its backward of another."""
+        stage, shape, dtype = self.stages[2], *self.stages[2].output
+        x = torch.randn(shape, device=self.world.device).to(dtype)
+        _exhaust(stage.forward(0, x))
+        began = self._now()
+        weight_grad = partial(stage.weight_grad, 0)
+        run_pair(
+            Side(stage.forward(1, x), lambda _: None),
+            Side(stage.backward(0, x, split=True), lambda _: None, weight_grad),
+        )
+        weight_grad()
+        took = self._now() - began
+        _exhaust(stage.backward(1, x, split=False))
+        return took
 
     def _walk(self, phases: Phases, s: int, way: str, found: dict[tuple[int, str], float]) -> Any:
         """Runs a generator of phases to its end, and charges the time of each to its name: a wait to the journey that
@@ -229,6 +251,7 @@ def _seconds(found: dict[tuple[int, str], float], has_dense: bool, depths: int) 
         "moe": layer(2),
         "first": [max(0.0, a - b) for a, b in zip(first, second, strict=True)],
         "last": [max(0.0, a - (1 + depths) * b) for a, b in zip(last, moe, strict=True)],
+        "pair": found[2, "pair"],
     }
 
 

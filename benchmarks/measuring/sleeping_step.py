@@ -39,11 +39,11 @@ def rate_for(share: float) -> float:
     return 4 * TOKENS * TOP_K // 2 * ROW_BYTES * 8 / (share * 6 * PHASE)
 
 
-def sleeping_cluster(rate: float) -> ClusterConfig:
-    """Links of `rate` bits a second, a rank a node."""
+def sleeping_cluster(world: int, rate: float, row: dict[str, Any]) -> ClusterConfig:
+    """`world` ranks, a node each, links of `rate` bits a second; `row`: the layers, measured."""
     return ClusterConfig(
-        ranks_per_node=1, network_gbs=rate / 8e9, network_latency_us=0.0, num_sms=1, comm_sms=0,
-        rates=KernelRates(stream_gbs=1.0, hbm_gbs=3350.0),
+        num_ranks=world, ranks_per_node=1, network_gbs=rate / 8e9, network_latency_us=0.0, num_sms=1, comm_sms=0,
+        rates=KernelRates(stream_gbs=1.0, hbm_gbs=3350.0), measured=[row],
     )  # fmt: skip
 
 

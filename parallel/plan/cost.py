@@ -36,7 +36,11 @@ SCALED = 1 + 4 / 128  # bytes of an FP8 value with its share of an FP32 scale fa
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of one microbatch, alone. Computing: [attend, experts] each of f, i, w; journeys by their names."""
+    """Seconds of one microbatch, alone. Computing: [attend, experts] each of f, i, w; journeys by their names.
+
+    hidden: the share of its journeys that a pair hid where one was measured (ranks that share cores with their own
+    communication hide less); None: as the two segments say.
+    """
 
     f: tuple[float, float]
     i: tuple[float, float]
@@ -45,6 +49,7 @@ class LayerTimes:
     combine: float = 0.0
     dispatch_back: float = 0.0
     combine_back: float = 0.0
+    hidden: float | None = None
 
     @property
     def forward(self) -> float:
@@ -66,8 +71,12 @@ class LayerTimes:
 
 def pair_time(forward: LayerTimes, backward: LayerTimes, contention: float, send: float, split: bool) -> float:
     """Of an overlapped pair of layers (F&B, or F&I where `split`); `send` is a pipeline transfer among its journeys."""
+    alone = forward.forward + backward.input_grad + (0.0 if split else backward.weight_grad)
     if not forward.dispatch or not backward.dispatch:  # nothing travels: computing in turn on all SMs
-        return forward.forward + backward.input_grad + (0.0 if split else backward.weight_grad)
+        return alone
+    if forward.hidden is not None:
+        travel = forward.dispatch + forward.combine + backward.dispatch_back + backward.combine_back
+        return alone - forward.hidden * travel + max(0.0, 1 - forward.hidden) * send
     attend, experts = (contention * (forward.f[k] + backward.i[k] + (0.0 if split else backward.w[k])) for k in (0, 1))
     return max(experts, forward.dispatch + backward.dispatch_back) + max(
         attend, forward.combine + backward.combine_back + send

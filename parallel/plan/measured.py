@@ -7,6 +7,7 @@ that they name, with everything that no table knows: Python, small kernels, an a
     of       what was measured, in words (`key`)
     seconds  dense, moe: {f, i, w: [attend, experts], dispatch, combine, dispatch_back, combine_back: exposed journeys}
              first, last: [F, I, W] of what the first and the last stage do besides their layers
+             pair: of a MoE layer's F laid over another microbatch's backward
     bytes    dense, moe, first, last: [kept from F to I, kept from I to W, rise of F, of I, of W, of B in one piece]
              border: of what one stage hands another; ahead: receives posted at once; window: sends kept until they end
 

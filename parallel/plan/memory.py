@@ -158,12 +158,11 @@ class MemoryModel:
         if key not in cache:
             schedule = layout.make_schedule(M)
             size = self.stage_bytes(layout)
-            held = curves(schedule, size.forward_S, size.late_S)
+            held, rise = curves(schedule, size.forward_S, size.late_S), rises(schedule, size.rise_OS)
             if self.step.measured(layout) and layout.pairs:
-                laid_over = half_of_pairs(schedule, size.forward_S)
-                held = (one - half for one, half in zip(held, laid_over, strict=True))
-            between = self._between(layout, schedule)
-            cache[key] = np.array(list(map(_peaks, held, rises(schedule, size.rise_OS), between)))
+                held = map(np.subtract, held, half_of_pairs(schedule, size.forward_S))
+                rise = map(np.subtract, rise, freed_before_heads(schedule, size.forward_S, size.late_S))
+            cache[key] = np.array(list(map(_peaks, held, rise, self._between(layout, schedule))))
         return cache[key]
 
     def _between(self, layout: Layout, schedule: Schedule) -> list[np.ndarray | float]:
@@ -247,31 +246,46 @@ class MemoryModel:
 
 def curves(schedule: Schedule, forward_S: np.ndarray, late_S: np.ndarray) -> Iterator[np.ndarray]:
     """Bytes held after every action of each rank's program. In a pair, F allocates before the backward frees."""
-    rank_R1, slot_S1, actions_A3 = schedule.columns
-    stage_A, op_A = actions_A3[:, 0], actions_A3[:, 1]
-    delta = np.stack((forward_S, -forward_S, late_S - forward_S, -late_S))
-    delta_A = delta[op_A, stage_A]
-    for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
-        yield np.cumsum(delta_A[first:end])
+    return map(np.cumsum, _by_rank(schedule, _grown(schedule, forward_S, late_S)))
 
 
 def rises(schedule: Schedule, rise_OS: np.ndarray) -> Iterator[np.ndarray]:
     """How far live bytes climb within every action of each rank's program. rise_OS: [op, stage]."""
-    rank_R1, slot_S1, actions_A3 = schedule.columns
-    rise_A = rise_OS[actions_A3[:, 1], actions_A3[:, 0]]
+    actions_A3 = schedule.columns.actions_A3
+    return _by_rank(schedule, rise_OS[actions_A3[:, 1], actions_A3[:, 0]])
+
+
+def _grown(schedule: Schedule, forward_S: np.ndarray, late_S: np.ndarray) -> np.ndarray:
+    """By how much every action leaves more than it found."""
+    actions_A3 = schedule.columns.actions_A3
+    return np.stack((forward_S, -forward_S, late_S - forward_S, -late_S))[actions_A3[:, 1], actions_A3[:, 0]]
+
+
+def _by_rank(schedule: Schedule, values_A: np.ndarray) -> Iterator[np.ndarray]:
+    rank_R1, slot_S1, _ = schedule.columns
     for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
-        yield rise_A[first:end]
+        yield values_A[first:end]
 
 
 def half_of_pairs(schedule: Schedule, forward_S: np.ndarray) -> Iterator[np.ndarray]:
     """What an F that is laid over a backward does not yet hold when that has let go of as much: half, at the row of F;
     0 in all others."""
-    rank_R1, slot_S1, actions_A3 = schedule.columns
+    _, slot_S1, actions_A3 = schedule.columns
     half_A = np.zeros(len(actions_A3))
     pairs = slot_S1[:-1][np.diff(slot_S1) == 2]
     half_A[pairs] = forward_S[actions_A3[pairs, 0]] / 2
-    for first, end in zip(slot_S1[rank_R1[:-1]], slot_S1[rank_R1[1:]], strict=True):
-        yield half_A[first:end]
+    return _by_rank(schedule, half_A)
+
+
+def freed_before_heads(schedule: Schedule, forward_S: np.ndarray, late_S: np.ndarray) -> Iterator[np.ndarray]:
+    """What a backward has let go of by the time when heads and loss, the last phases of the F beside it, climb highest:
+    at the rows of such an F; 0 in all others."""
+    _, slot_S1, actions_A3 = schedule.columns
+    freed_A = np.zeros(len(actions_A3))
+    pairs = slot_S1[:-1][np.diff(slot_S1) == 2]
+    pairs = pairs[actions_A3[pairs, 0] == schedule.num_stages - 1]
+    freed_A[pairs] = -_grown(schedule, forward_S, late_S)[pairs + 1]
+    return _by_rank(schedule, freed_A)
 
 
 def _peaks(held: np.ndarray, rise: np.ndarray, between: np.ndarray | float) -> tuple[float, float]:

@@ -101,8 +101,11 @@ class StepModel:
         journeys = {name: seconds for name, seconds in part.items() if name not in "fiw"}
         load = kernels.load if is_moe else 1.0
         f, i, w = ((attend, load * experts) for attend, experts in (part[name] for name in "fiw"))
+        hidden = None
+        if is_moe and "pair" in measured and (travel := sum(journeys.values())):
+            hidden = (sum(sum(part[name]) for name in "fiw") + travel - measured["pair"]) / travel
         there = {name: self.travels * load * seconds for name, seconds in journeys.items()}
-        return LayerTimes(f, i, w, **(kernels.journeys() if is_moe else {}) | there).scaled(self.slower)
+        return LayerTimes(f, i, w, **there, hidden=hidden).scaled(self.slower)
 
     def load_excess(self, ep: int) -> float:
         """How far the most loaded of `ep` ranks stands above the mean, as a share."""

@@ -9,7 +9,7 @@ from infra.hardware import ClusterConfig, KernelRates
 from parallel.pipeline.actions import Op
 from parallel.plan.layout import Layout, schedule_of
 from parallel.plan.measured import in_flight, key, row_for, stage_bytes
-from parallel.plan.memory import MemoryModel, curves, half_of_pairs, rises
+from parallel.plan.memory import MemoryModel, curves, freed_before_heads, half_of_pairs, rises
 from parallel.plan.step import StepModel
 from tests.parallel.layouts import tiny
 
@@ -130,3 +130,33 @@ def test_of_a_pair_half_of_each_side_is_held() -> None:
             for place, action in enumerate(slot):
                 laid_over = len(slot) == 2 and place == 0
                 assert next(rows) == (forward_S[action.stage] / 2 if laid_over else 0)
+
+
+def test_heads_beside_a_backward_climb_when_it_has_let_go() -> None:
+    schedule = schedule_of("zbv", 2, 8, paired=True)
+    forward_S, late_S = np.array([8.0, 6.0, 4.0, 2.0]), np.array([4.0, 3.0, 2.0, 1.0])
+    found = 0
+    for rank, freed in enumerate(freed_before_heads(schedule, forward_S, late_S)):
+        rows = iter(freed.tolist())
+        for slot in schedule.programs[rank]:
+            for place, action in enumerate(slot):
+                beside = slot[1 - place] if len(slot) == 2 and place == 0 else None
+                heads = beside is not None and action.stage == 3
+                assert next(rows) == (forward_S[beside.stage] if heads and beside else 0)
+                found += heads
+    assert found
+
+
+def test_a_measured_pair_says_how_much_of_its_journeys_hides() -> None:
+    """The row's MoE layer takes 15 of computing and 1.5 of journeys alone."""
+    layout = replace(LAYOUT, schedule="dualpipev", overlap=True)
+
+    def pair(**measured: float) -> float:
+        row = {"of": key(MODEL, LAYOUT, 16), "seconds": SECONDS | measured, "bytes": BYTES}
+        step = StepModel(MODEL, cluster(measured=[row], p2p_gbs=1e9, node_latency_us=0.0), 16)
+        assert step.split(4)[1] == [1]  # one layer with experts
+        return float(step.stages(layout).pair[0, 1, 1])
+
+    assert pair(pair=15.75) == pytest.approx(15.75, rel=1e-6)  # half of them
+    assert pair(pair=17.0) == pytest.approx(17.0, rel=1e-6)  # a pair that is slower than its parts
+    assert pair() == pytest.approx(15.0 * cluster().sm_contention)  # nothing measured: all of them hide
