@@ -59,7 +59,7 @@ def test_microbatch_size(data, reference):
         (2, {"pp": 2, "schedule": "zbv"}),
         (4, {"pp": 4, "schedule": "dualpipe"}),
         (4, {"pp": 2, "ep": 2, "schedule": "dualpipe", "dispatcher": "two_hop", "ranks_per_node": 2}),
-        (4, {"ep": 4, "dispatcher": "two_hop", "ranks_per_node": 2}),
+        pytest.param(4, {"ep": 4, "dispatcher": "two_hop", "ranks_per_node": 2}, marks=pytest.mark.slow),
         (4, {"ep": 2, "dispatcher": "all_to_all"}),
     ],
 )

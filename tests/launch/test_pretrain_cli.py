@@ -1,13 +1,16 @@
 """launch/pretrain.py as people run it: to the end, stopped, killed, resumed, and with wrong input."""
 
 import json
+import multiprocessing as mp
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -42,8 +45,31 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
     return [*start, str(ROOT / "launch/pretrain.py"), *SMALL, *arguments]
 
 
-def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def run(*arguments: str, ranks: int) -> subprocess.CompletedProcess:
+    """Under torchrun."""
     return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=100, cwd=ROOT)
+
+
+def run_alone(*arguments: str) -> subprocess.CompletedProcess:
+    """One rank, in a fork of this process: a fresh one would spend its time importing torch."""
+    words = command(*arguments)[1:]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = mp.get_context("fork").Process(target=_pretrain, args=(words, out, err))
+        process.start()
+        process.join(timeout=100)
+        if process.exitcode is None:
+            process.kill()
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(words, process.exitcode, out.read(), err.read())
+
+
+def _pretrain(words: list[str], out: TextIO, err: TextIO) -> None:
+    sys.argv, sys.stdout, sys.stderr = words, out, err
+    try:
+        pretrain.main()
+    finally:
+        distributed.stop()
 
 
 def records(folder: Path) -> list[dict]:
@@ -54,7 +80,7 @@ def records(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    done = run(f"data.path={data}", f"run.dir={folder}", "train.steps=12")
+    done = run_alone(f"data.path={data}", f"run.dir={folder}", "train.steps=12")
     assert done.returncode == 0, done.stderr
     assert "finished at step 12 of 12" in done.stdout
     return folder
@@ -114,7 +140,7 @@ def test_sigterm_saves_and_exits_cleanly_and_the_rest_is_bit_identical(data, unb
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "stopped at step" in out
-    assert run(*arguments).returncode == 0
+    assert run_alone(*arguments).returncode == 0
     assert records(tmp_path) == records(unbroken)
 
 
@@ -124,7 +150,7 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint(data, unbroken, tmp_p
     wait_for_step(tmp_path, 5, process)
     process.kill()
     process.communicate()
-    assert run(*arguments).returncode == 0
+    assert run_alone(*arguments).returncode == 0
     assert records(tmp_path) == records(unbroken)
 
 
@@ -135,7 +161,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(data, 
         wait_for_step(tmp_path, 3, process)
         assert run_lock.is_held(tmp_path)
         config = (tmp_path / "config.yaml").read_bytes()
-        done = run(*arguments, "train.steps=12", ranks=2)
+        done = run_alone(*arguments, "train.steps=12")
         assert done.returncode != 0
         host = socket.gethostname()
         assert f"error: run.dir={tmp_path} is in use by process {process.pid} on {host}: " in done.stderr
@@ -196,14 +222,14 @@ def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
 
 
 def test_a_folder_without_data_is_one_line_on_standard_error(data, tmp_path):
-    done = run(f"data.path={tmp_path}", f"run.dir={tmp_path / 'run'}")
+    done = run_alone(f"data.path={tmp_path}", f"run.dir={tmp_path / 'run'}")
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_its_run_untouched(data, unbroken):
     before = {name: (unbroken / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
-    done = run(f"data.path={data}", f"run.dir={unbroken}", "train.steps=14", "model.hidden_size=32")
+    done = run_alone(f"data.path={data}", f"run.dir={unbroken}", "train.steps=14", "model.hidden_size=32")
     assert done.returncode != 0
     assert "hidden_size is 16" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -215,7 +241,7 @@ def test_a_run_with_nothing_left_to_do_is_untouched(data, unbroken):
         return {f: f.read_bytes() for f in unbroken.rglob("*") if f.is_file() and f.name != run_lock.FILE}
 
     before = content()
-    done = run(f"data.path={data}", f"run.dir={unbroken}", "train.steps=2")
+    done = run_alone(f"data.path={data}", f"run.dir={unbroken}", "train.steps=2")
     assert done.returncode == 0
     assert "is at step 12 already: nothing to do for train.steps=2" in done.stdout
     assert before == content()
@@ -251,6 +277,7 @@ def test_mpirun_starts_ranks_too(data, tmp_path):
     assert "finished at step 3 of 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_of_mpirun_complain_once(data, tmp_path):
     done = mpirun(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3")
     assert done.returncode != 0
@@ -262,11 +289,11 @@ def test_data_that_holds_nothing_out_is_refused_before_training(data, tmp_path):
     (tmp_path / "text.txt").write_text("some text " * 100)
     prepare(PrepareConfig(source=str(tmp_path / "text.txt"), out=str(empty), held_out=0.0, workers=1), quiet=True)
     arguments = [f"data.path={empty}", f"run.dir={tmp_path / 'run'}", "train.steps=2"]
-    done = run(*arguments)
+    done = run_alone(*arguments)
     assert done.returncode != 0
     assert "(held_out) holds 0 tokens" in done.stderr
     assert "train.eval_samples=0" in done.stderr
     assert not (tmp_path / "run").exists()
-    done = run(*arguments, "train.eval_samples=0")
+    done = run_alone(*arguments, "train.eval_samples=0")
     assert done.returncode == 0, done.stderr
     assert "eval_loss" not in records(tmp_path / "run")[-1]

@@ -97,7 +97,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [
-        (2, {}),
+        pytest.param(2, {}, marks=SLOW),
         (4, {"pp": 2, "ep": 2, "schedule": "dualpipe", "dispatcher": "two_hop", "ranks_per_node": 2}),
         pytest.param(3, {"pp": 3, "schedule": "1f1b"}, marks=SLOW),  # most buckets have one copy
         pytest.param(4, {"ep": 2, "dispatcher": "all_to_all"}, marks=SLOW),
