@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import dis
+import json
 import os
 import re
 import signal
@@ -56,6 +57,7 @@ class one_line_errors(ContextDecorator):
         else:
             os.environ["HYDRA_FULL_ERROR"] = self._before
         if isinstance(error, Exception) and not TRACES and (line := explain(error)) is not None:
+            _tell_torchrun(line)
             _give_way()
             sys.exit(f"error: {line}")
 
@@ -65,6 +67,12 @@ def _warning_line(
 ) -> str:
     """In place of warnings.formatwarning."""
     return f"warning: {_one_line(str(message))}\n"
+
+
+def _tell_torchrun(line: str) -> None:
+    """Lets torchrun's own report, which is long and comes last, end in the reason."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _give_way() -> None:

@@ -250,7 +250,8 @@ def test_a_run_with_nothing_left_to_do_is_untouched(data, unbroken):
 def test_two_ranks_complain_once(data, tmp_path):
     done = run(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3", ranks=2)
     assert done.returncode != 0
-    assert done.stderr.count("train.global_batch_size=3") == 1
+    assert done.stderr.count("error: train.global_batch_size=3") == 1
+    assert "traceback : train.global_batch_size=3" in done.stderr, "torchrun's report ends in the reason"
 
 
 def test_what_fails_on_one_rank_alone_is_said_once(data, tmp_path):
