@@ -1,11 +1,9 @@
-"""FP8 matrix products: how exact their sums are, what the reference costs, and how fast a GPU's back ends are.
+"""FP8 matrix products: what the reference costs, and how fast a GPU's back ends are.
 
     python benchmarks/gemm.py [--out gemm.json]
 
-Anywhere: the error of a product of two random normal matrices (E4M3 values) under several accumulators, against float64
-- V3's report (section 3.5.2) says nearly 2 % at most for K = 4096 without promotion; the error that the casts
-themselves make under each recipe, with and without outliers; and the time of an FP8 linear layer, forward and backward,
-through the `reference` back end, over that of a plain one, the two in turn (median and quartiles of the ratio).
+Anywhere: the time of an FP8 linear layer, forward and backward, through the `reference` back end, over that of a plain
+one, the two in turn (median and quartiles of the ratio). How exact they are is in benchmarks/fp8_recipes.py.
 
 On a Hopper GPU: TFLOP/s of every back end that runs at V3's shapes, dense and grouped, beside torch's BF16 matmul, with
 the share of the card's peak; and an FP8 linear layer, forward and backward with all its casts, beside BF16's.
@@ -28,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infra.fp8.gemm import GEMMS, ReferenceGemm, limited_sum
+from infra.fp8.gemm import GEMMS
 from infra.fp8.linear import BACKENDS, make_linear
-from infra.fp8.quantize import block_cast, cast, tile_cast, transpose_cast
-from infra.fp8.recipe import RECIPES, Recipe
+from infra.fp8.quantize import block_cast, tile_cast, transpose_cast
+from infra.fp8.recipe import Recipe
 
 # (N, K) of V3's linear layers; M tokens. Report and DeepGEMM's tables.
 DENSE = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
@@ -39,44 +37,6 @@ GROUPED = [(4, 4096, 7168), (4, 7168, 2048), (8, 4096, 7168), (8, 7168, 2048)]  
 M, ROWS_PER_EXPERT = 4096, {4: 8192, 8: 4096}
 PEAK_TFLOPS = {"H100": (989, 1979), "H800": (989, 1979), "H200": (989, 1979)}  # BF16, FP8; dense, from NVIDIA
 LAYER = "model.layers.1.self_attn.q_a_proj"
-
-
-def accumulator_errors(size: int) -> list[dict[str, Any]]:
-    """Errors of (size, K) x (K, size): the largest over the root mean square of the result, and in norm."""
-    rows = []
-    for K in (512, 4096, 16384):
-        g = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(size, K, generator=g).to(torch.float8_e4m3fn).float() for _ in range(2))
-        exact = a.double() @ b.double().t()
-        for name, bits, promote in (
-            ("14 bits", 14, None),
-            ("14 bits, promoted every 128", 14, 128),
-            ("14 bits, promoted every 32", 14, 32),
-            ("FP32", 24, None),
-        ):
-            error = limited_sum(a, b, bits, promote).double() - exact
-            largest = (error.abs().max() / exact.square().mean().sqrt()).item()
-            rows.append({"K": K, "sum": name, "largest": largest, "norm": (error.norm() / exact.norm()).item()})
-    return rows
-
-
-def cast_errors(size: int) -> list[dict[str, Any]]:
-    """Error in norm of x W^T under each recipe, FP32 inputs; outliers: 1 % of the channels of x 100 times as large."""
-    g = torch.Generator().manual_seed(0)
-    plain, weight = torch.randn(size, 4096, generator=g), torch.randn(size, 4096, generator=g)
-    outliers = plain.clone()
-    outliers[:, torch.randperm(4096, generator=g)[:41]] *= 100
-    rows = []
-    for name, recipe in RECIPES.items():
-        row: dict[str, Any] = {"recipe": name}
-        for kind, x in (("plain", plain), ("outliers", outliers)):
-            a = cast(x, recipe.activation, recipe.power_of_two)
-            b = cast(weight, recipe.weight, recipe.power_of_two)
-            exact = x.double() @ weight.double().t()
-            error = ReferenceGemm(recipe).dense(a, b, torch.float64) - exact
-            row[kind] = (error.norm() / exact.norm()).item()
-        rows.append(row)
-    return rows
 
 
 def at_once(weight: Tensor, compute: Callable[[], Tensor | None]) -> Tensor | None:
@@ -207,24 +167,16 @@ def gpu_layers(turns: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
-    parser.add_argument("--size", type=int, default=1024, help="rows of the matrices whose errors are measured")
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
-    figures: dict[str, Any] = {"accumulator": accumulator_errors(args.size)}
-    print("error of the sum of K products  largest / rms   in norm")
-    for row in figures["accumulator"]:
-        print(f"K={row['K']:<6} {row['sum']:29} {row['largest']:8.4%} {row['norm']:9.5%}")
-    figures["casts"] = cast_errors(args.size // 4)
-    print("\nerror of x W^T in norm, K=4096    plain  1 % outlier channels")
-    for row in figures["casts"]:
-        print(f"{row['recipe']:30} {row['plain']:8.2%} {row['outliers']:8.2%}")
+    figures: dict[str, Any] = {}
     if torch.cuda.is_available():
         figures["products"], figures["layers"] = gpu_products(args.turns), gpu_layers(args.turns)
         hardware = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     else:
         torch.set_num_threads(1)
         figures["reference"] = reference_cost(args.turns)
-        print("\nan FP8 layer through `reference`, forward and backward, over a plain one (no GPU: no TFLOP/s)")
+        print("an FP8 layer through `reference`, forward and backward, over a plain one (no GPU: no TFLOP/s)")
         for row in figures["reference"]:
             low, high = row["quartiles"]
             shape = f"{row['tokens']} x {row['K']} -> {row['N']}"

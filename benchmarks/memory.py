@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--report FILE.md] [--json FILE.json]
     python benchmarks/memory.py --times          # instead: what recomputation costs in time, settings in turn
 
-Every allocation on a rank is followed from the first operation that touches its storage until it is freed. Held is what
+Every storage that an operation makes is followed until it is freed (infra/live_bytes.py). Held is what
 lives after an action of the schedule and was not there when the step began, less what lies in send and receive buffers;
 its largest value is compared with `parallel/plan/memory.py`. The peak has the temporaries of operations in it too, on
 a CPU those of the FP8 reference, whose operands are FP32. States are the flat tensors of the buckets, of the optimizer
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import measuring  # noqa: F401  finds tests/
 from infra.ema import Ema
 from infra.hardware import ClusterConfig
+from infra.live_bytes import LiveBytes
 from infra.optim import make_adamw, update
 from infra.precision import PrecisionConfig
+from launch.measure_layers import lane_counted
 from measuring.ratios import ratios, setting, shown
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
@@ -102,36 +100,6 @@ LAYOUTS = {
 }
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations of this thread have touched and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, weakref.ref] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, out)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def gone(_: object) -> None:
-            del self._alive[key]
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
 class Rank:
     """One rank's part of a run, ready to step."""
 
@@ -189,7 +157,8 @@ def measure(rank: int, world: int, words: dict[str, Any], setting: Setting) -> d
     this = Rank(world, words, setting)
     buckets = this.replica.buckets
     moments = [t for s in this.optimizer.state.values() for t in s.values() if t.dim()]
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with lane_counted(live), live.counting():
         this.step()  # what a first step makes once and for all
         held, run, began = [0], this.executor._run, live.now
 
@@ -198,7 +167,7 @@ def measure(rank: int, world: int, words: dict[str, Any], setting: Setting) -> d
             held.append(live.now - began - this.in_buffers())
 
         this.executor._run = watched  # type: ignore[method-assign]
-        live.peak = began
+        live.restart_peak()
         this.step()
     assert held[-1] < 1e5, f"{held[-1]} bytes are left after the step"
     return {

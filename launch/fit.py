@@ -184,7 +184,9 @@ def resume(trainer: Trainer) -> None:
             why = f"from step {step}, {lost} steps are repeated"
             incidents.note(folder, "resumed", step, why, lost=lost, attempt=attempt)
     if newest is not None:
-        trainer.load(newest)
+        changed = trainer.load(newest)
+        if changed and trainer.world.is_main:
+            print(f"{folder} goes on from step {trainer.step} with {', '.join(changed)}")
     trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
 
 

@@ -260,6 +260,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "losses": self.losses.state(),
             "model": asdict(self.config.model),
+            "options": _noted_options(self.config),
         }
         self.saver.save(root, self.step, self._saved(), meta, self.config.checkpoint.keep, wait)
         return root / f"step_{self.step}"
@@ -271,8 +272,11 @@ class Trainer:
     def _saved(self) -> dict[str, torch.Tensor]:
         return state.saved(self.replica, self.optimizer, self.ema, self.world.rank)
 
-    def load(self, folder: Path) -> None:
-        """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's."""
+    def load(self, folder: Path) -> list[str]:
+        """Continues from a checkpoint, made under any layout. Raises CheckpointError for another model's.
+
+        Returns which of the noted options are no longer what they were: "precision=fp8 (was bf16)".
+        """
         saved = checkpoint.Checkpoint(folder)
         check_same_model(saved, asdict(self.config.model))
         meta = {"skipped_steps": 0, "losses": LossHistory(self.config.spike).state(), **saved.meta}  # imports have none
@@ -281,6 +285,8 @@ class Trainer:
         )
         self.losses.load(meta["losses"])
         state.load(saved, self.replica, self.optimizer, self.ema, self.step - self.skipped_steps)
+        were = meta.get("options", {})
+        return [f"{k}={v} (was {were[k]})" for k, v in _noted_options(self.config).items() if were.get(k, v) != v]
 
     def asked_to_stop(self) -> bool:
         """Whether any rank has received SIGTERM; collective, so that all stop after the same step.
@@ -324,6 +330,18 @@ class Trainer:
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _noted_options(config: Config) -> dict[str, str | int]:
+    """What a run may go on with another value of, and whoever compares its losses before and after should know."""
+    precision = config.precision
+    return {
+        "precision": precision.name,
+        "precision.recipe": precision.recipe,
+        "precision.backend": precision.backend,
+        "optim.moments": config.optim.moments,
+        "data.sequence_length": config.data.sequence_length,
+    }
 
 
 def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:

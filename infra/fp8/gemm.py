@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infra.fp8.quantize import Quantized, aligned_counts, dequantize
+from infra.fp8.quantize import Quantized, aligned_counts, columns_of, dequantize, rows_of
 from infra.fp8.recipe import Recipe
 
 INSTRUCTION_K = 32  # products along K in one FP8 tensor core instruction
@@ -64,31 +64,47 @@ def limited_sum(a_MK: Tensor, b_NK: Tensor, bits: int, promote_every: int | None
 
 
 class ReferenceGemm:
-    """Real E4M3 values, exact products, FP32 sums - or the sums of a tensor core with `recipe.accumulator_bits`."""
+    """Real E4M3 values, exact products, FP32 sums - or the sums of a tensor core with `recipe.accumulator_bits`.
+
+    An operand exists in FP32 for as long as the product of one matrix, or of one expert, takes.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.bits, self.promote_every = recipe.accumulator_bits, recipe.promote_every
 
-    def _product(self, a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    def _product(self, a: Quantized, b: Quantized) -> Tensor:
+        a_MK, b_NK = dequantize(a), dequantize(b)
         if self.bits is None:
             return a_MK @ b_NK.t()
         return limited_sum(a_MK, b_NK, self.bits, self.promote_every)
 
     def dense(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-        return self._product(dequantize(a), dequantize(b)).to(dtype)
+        return self._product(a, b).to(dtype)
 
     def grouped_by_rows(
         self, a_RK: Quantized, b_ENK: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        groups = dequantize(a_RK).split(num_tokens_per_expert_E.tolist())
-        return torch.cat([self._product(a, b) for a, b in zip(groups, dequantize(b_ENK), strict=True)]).to(dtype)
+        d_RN = a_RK.q.new_empty(a_RK.q.shape[0], b_ENK.q.shape[1], dtype=dtype)
+        start = 0
+        for e, size in enumerate(num_tokens_per_expert_E.tolist()):
+            if size:
+                a = rows_of(a_RK, start, start + size)
+                d_RN[start : start + size] = self._product(a, Quantized(b_ENK.q[e], b_ENK.sf[e]))
+            start += size
+        return d_RN
 
     def grouped_by_k(
         self, a_MR: Quantized, b_NR: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
     ) -> Tensor:
         sizes = aligned_counts(num_tokens_per_expert_E).tolist()
-        groups = zip(dequantize(a_MR).split(sizes, 1), dequantize(b_NR).split(sizes, 1), strict=True)
-        return torch.stack([self._product(a, b) for a, b in groups]).to(dtype)
+        d_EMN = a_MR.q.new_zeros(len(sizes), a_MR.q.shape[0], b_NR.q.shape[0], dtype=dtype)
+        start = 0
+        for e, size in enumerate(sizes):
+            if size:
+                a, b = (columns_of(x, start, start + size) for x in (a_MR, b_NR))
+                d_EMN[e] = self._product(a, b)
+            start += size
+        return d_EMN
 
 
 def _scaled_mm(recipe: Recipe) -> Gemm:

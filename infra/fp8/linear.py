@@ -10,11 +10,13 @@ tokens: the kept input is dequantised, transposed and quantised again, and the o
 from its own dtype. Weights are cast in the forward and again in the backward, which costs less than keeping a copy for
 every microbatch in flight.
 
-An input may say more of itself, in two attributes:
+A tensor may say more of itself, in two attributes:
 
-    x.quantized     the `Quantized` that its values came from, when it was dispatched in FP8: it is the operand, and
-                    what is kept
+    x.quantized     the `Quantized` that its values came from, when it was dispatched in FP8, in tiles of 1x128 with
+                    powers of two: where the recipe asks for these it is the operand, and what is kept of an input
     x.again()       computes its values anew, where something else is kept that they follow from: nothing of x is kept
+
+Inputs have either; gradients that combine's backward dispatches, the first.
 
 The weight gradient is offered to the hole `weight_grad(weight, compute)`; `compute()` adds it in FP32 to
 `weight.main_grad` where there is one and returns None, and otherwise returns it. A deferred `compute` keeps the FP8
@@ -39,7 +41,6 @@ from infra.fp8.quantize import (
     Quantized,
     cast,
     cast_e5m6,
-    dequantize,
     dequantize_e5m6,
     transpose_blocks,
     transpose_cast,
@@ -87,6 +88,11 @@ class LastCast:
             self._cast = None
 
 
+def _as_it_came(x: Tensor, block: Block, power_of_two: bool) -> Quantized | None:
+    """`x.quantized`, if it is what a cast for this operand would make."""
+    return getattr(x, "quantized", None) if block == TILE_1X128 and power_of_two else None
+
+
 class Fp8Linear:
     """One layer's products in FP8, through a `Gemm` back end. casts: shared by layers that may have the same input."""
 
@@ -101,9 +107,13 @@ class Fp8Linear:
 
     def operand(self, x: Tensor) -> Quantized:
         """x of fprop, [T, K]."""
-        if hasattr(x, "quantized") and self.recipe.activation == TILE_1X128:
-            return x.quantized
-        return self.casts(x, self.recipe.activation, self.layer.input_power_of_two)
+        block, power_of_two = self.recipe.activation, self.layer.input_power_of_two
+        return _as_it_came(x, block, power_of_two) or self.casts(x, block, power_of_two)
+
+    def gradient_operand(self, dy: Tensor) -> Quantized:
+        """dy of dgrad, [T, N]."""
+        block, power_of_two = self.recipe.gradient, self.layer.gradient_power_of_two
+        return _as_it_came(dy, block, power_of_two) or cast(dy.reshape(-1, dy.shape[-1]), block, power_of_two)
 
     def keep_input(self, x_TK: Tensor, q_TK: Quantized) -> Quantized | E5M6:
         return cast_e5m6(x_TK) if self.layer.cache == "e5m6" else q_TK
@@ -117,7 +127,7 @@ class Fp8Linear:
 
     def input_for_wgrad(self, kept: list[Tensor], cols: int, num_tokens_per_expert_E: Tensor | None) -> Quantized:
         """The kept input as (K, R'), in tiles along the rows."""
-        x_TK = dequantize_e5m6(E5M6(*kept), cols) if self.layer.cache == "e5m6" else dequantize(Quantized(*kept))
+        x_TK = dequantize_e5m6(E5M6(*kept), cols) if self.layer.cache == "e5m6" else Quantized(*kept)
         return transpose_cast(x_TK, num_tokens_per_expert_E, self.recipe.activation, self.layer.input_power_of_two)
 
 
@@ -152,7 +162,7 @@ class _Fp8LinearFunction(torch.autograd.Function):
 
         dx = None
         if ctx.needs_input_grad[0]:
-            q_TN = cast(dy_TN, recipe.gradient, layer.gradient_power_of_two)
+            q_TN = linear.gradient_operand(dy)
             q_weight = transpose_blocks(cast(weight, recipe.weight, recipe.power_of_two))
             if counts_E is not None:
                 dx = gemm.grouped_by_rows(q_TN, q_weight, counts_E, ctx.x_dtype)

@@ -20,7 +20,8 @@ Letters: M rows, K columns, R rows of all experts, E experts. Everything works o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,10 @@ from infra.fp8.recipe import TILE, TILE_1X128, WHOLE_TENSOR, Block
 E4M3_MAX = 448.0
 E5M6_MAX = 65024.0  # (2 - 2^-6) 2^15: as in float16, the highest exponent is left to infinity and NaN
 MIN_AMAX = 1e-4  # published: bounds the scale factor from below
+PIECE = 1 << 18  # values that are cast at a time on a CPU, where their FP32 copies then stay in its cache
+
+
+P = TypeVar("P", bound=tuple)
 
 
 class Quantized(NamedTuple):
@@ -80,8 +85,10 @@ def cast(x: Tensor, block: Block = TILE_1X128, power_of_two: bool = False) -> Qu
 
     Raises ValueError on a CPU if `x` holds a NaN or an infinity.
     """
-    x = x.float()
     rows, cols = x.shape[-2:]
+    if block != WHOLE_TENSOR and len(parts := _pieces(x)) > 1:
+        return _joined([cast(part, block, power_of_two) for part in parts], dim=0)
+    x = x.float()
     if x.numel() == 0:
         sf = x.new_ones(*x.shape[:-2], rows if block[0] == 1 else num_tiles(rows), num_tiles(cols))
         return Quantized(x.to(torch.float8_e4m3fn), sf)
@@ -94,6 +101,22 @@ def cast(x: Tensor, block: Block = TILE_1X128, power_of_two: bool = False) -> Qu
     sf = _scale_factors(pieces.abs().amax((-3, -1)), E4M3_MAX, power_of_two)
     q = _to_e4m3(pieces / sf[..., :, None, :, None]).view(padded.shape)
     return Quantized(q[..., :rows, :cols].contiguous(), sf)
+
+
+def _rows_at_once(cols: int) -> int:
+    return max(1, PIECE // (TILE * cols)) * TILE
+
+
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    """A matrix in some rows at a time, several matrices one at a time; on a GPU as they are."""
+    if x.is_cuda or x.numel() <= PIECE:
+        return (x,)
+    return x.split(1 if x.dim() > 2 else _rows_at_once(x.shape[-1]))
+
+
+def _joined(parts: Iterable[P], dim: int) -> P:
+    each, *others = parts
+    return type(each)(*(torch.cat(same, dim) for same in zip(each, *others, strict=True)))
 
 
 def tile_cast(x: Tensor, power_of_two: bool = False) -> Quantized:
@@ -132,6 +155,20 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.unflatten(-1, (-1, TILE)).mul_(sf.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+def rows_of(x: Quantized, start: int, stop: int) -> Quantized:
+    """Some rows of a matrix, with a scale factor row for each of them wherever blocks begin."""
+    sf = x.sf
+    if sf.shape[-2] not in (1, x.q.shape[-2]):
+        sf = sf.repeat_interleave(TILE, dim=-2)
+    return Quantized(x.q[..., start:stop, :], sf if sf.shape[-2] == 1 else sf[..., start:stop, :])
+
+
+def columns_of(x: Quantized, start: int, stop: int) -> Quantized:
+    """Some columns of a matrix; `start` is a multiple of 128."""
+    sf = x.sf if x.sf.shape[-1] == 1 else x.sf[..., start // TILE : num_tiles(stop)]
+    return Quantized(x.q[..., start:stop], sf)
+
+
 def transpose_blocks(weight: Quantized) -> Quantized:
     """A matrix in square blocks, transposed: nothing is rounded, so that dgrad sees the weights that fprop saw."""
     return Quantized(weight.q.mT.contiguous(), weight.sf.mT.contiguous())
@@ -151,16 +188,38 @@ def aligned_counts(num_tokens_per_expert_E: Tensor, multiple: int = TILE) -> Ten
 
 
 def transpose_cast(
-    x_RK: Tensor, num_tokens_per_expert_E: Tensor | None = None, block: Block = TILE_1X128, power_of_two: bool = False
+    x: Tensor | Quantized,
+    num_tokens_per_expert_E: Tensor | None = None,
+    block: Block = TILE_1X128,
+    power_of_two: bool = False,
 ) -> Quantized:
     """The operand of wgrad: (R, K) -> FP8 (K, R') in tiles along the rows, R' being R with each expert's rows aligned.
 
-    With `num_tokens_per_expert_E` no tile holds rows of two experts; without, all rows are one group.
+    With `num_tokens_per_expert_E` no tile holds rows of two experts; without, all rows are one group. What is FP8
+    already, in tiles of 1x128, is dequantised a piece at a time.
     """
-    aligned = F.pad(x_RK, (0, 0, 0, -x_RK.shape[0] % TILE))
-    if num_tokens_per_expert_E is not None:
-        aligned = align_groups(x_RK, num_tokens_per_expert_E)
-    return cast(aligned.mT.contiguous(), block, power_of_two)
+
+    if isinstance(x, Quantized) and (block == WHOLE_TENSOR or x.sf.shape[0] != x.q.shape[0]):
+        x = dequantize(x)
+    if isinstance(x, Quantized):
+        all_rows = _aligned(x.q.view(torch.uint8), num_tokens_per_expert_E)  # torch pads no FP8
+        quantized = Quantized(all_rows.view(x.q.dtype), _aligned(x.sf, num_tokens_per_expert_E))
+    else:
+        all_rows, quantized = _aligned(x, num_tokens_per_expert_E), None
+
+    def some(start: int, stop: int) -> Tensor:
+        return dequantize(rows_of(quantized, start, stop)) if quantized else all_rows[start:stop]
+
+    num_rows, cols = all_rows.shape
+    step = num_rows if block == WHOLE_TENSOR or all_rows.is_cuda else _rows_at_once(cols)
+    starts = range(0, max(num_rows, 1), max(step, 1))
+    return _joined([cast(some(i, i + step).mT.contiguous(), block, power_of_two) for i in starts], dim=1)
+
+
+def _aligned(x_RK: Tensor, num_tokens_per_expert_E: Tensor | None) -> Tensor:
+    if num_tokens_per_expert_E is None:
+        return F.pad(x_RK, (0, 0, 0, -x_RK.shape[0] % TILE))
+    return align_groups(x_RK, num_tokens_per_expert_E)
 
 
 class E5M6(NamedTuple):
@@ -175,6 +234,8 @@ class E5M6(NamedTuple):
 
 def cast_e5m6(x: Tensor) -> E5M6:
     """(..., M, K) -> 12 bits a value, to nearest, ties to even; one power-of-two scale factor for each 1x128 tile."""
+    if len(parts := _pieces(x)) > 1:
+        return _joined((cast_e5m6(part) for part in parts), dim=0)
     rows_shape, cols = x.shape[:-1], x.shape[-1]
     tiles = _pad(x.float(), 1).unflatten(-1, (-1, TILE))
     sf = _scale_factors(tiles.abs().amax(-1), E5M6_MAX, power_of_two=True)
@@ -193,6 +254,11 @@ def cast_e5m6(x: Tensor) -> E5M6:
 
 def dequantize_e5m6(x: E5M6, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `cast_e5m6`; `cols` is K."""
+    if len(parts := _pieces(x.packed)) > 1:
+        sizes = [len(part) for part in parts]
+        return torch.cat(
+            [dequantize_e5m6(E5M6(*part), cols, dtype) for part in zip(parts, x.sf.split(sizes), strict=True)]
+        )
     low, middle, high = x.packed.unflatten(-1, (-1, 3)).int().unbind(-1)
     codes = torch.stack([low | ((middle & 0xF) << 8), (middle >> 4) | (high << 4)], dim=-1).flatten(-2)[..., :cols]
     values = (codes << 4).to(torch.int16).view(torch.float16).float()

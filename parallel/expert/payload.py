@@ -36,17 +36,18 @@ def encode(x_TD: Tensor, dispatch_dtype: str) -> Tensor:
 
 
 def decode(rows: Tensor, hidden: int, dtype: torch.dtype, dispatch_dtype: str) -> Tensor:
-    """The inverse of `encode`: [T, D] of `dtype`; what came in FP8 has it as `quantized` (infra/fp8/linear.py)."""
+    """The inverse of `encode`: [T, D] of `dtype`; what came as `fp8` has it as `quantized` (infra/fp8/linear.py)."""
     if dispatch_dtype == "native":
         return rows
     q_TD = rows[:, :hidden].contiguous().view(torch.float8_e4m3fn)
     sf_bytes = rows[:, hidden:].clone(memory_format=torch.contiguous_format)  # FP32 must start at a multiple of four
-    sf_TJ = (sf_bytes.int() << 23 if dispatch_dtype == "fp8" else sf_bytes).view(torch.float32)
-    return values_of(Quantized(q_TD, sf_TJ), dtype)
+    if dispatch_dtype == "fp8":
+        return values_of(Quantized(q_TD, (sf_bytes.int() << 23).view(torch.float32)), dtype)
+    return dequantize(Quantized(q_TD, sf_bytes.view(torch.float32)), dtype)
 
 
 def values_of(rows: Quantized, dtype: torch.dtype) -> Tensor:
-    """The rows in `dtype`, with what they came from as `quantized`."""
+    """The rows in `dtype`, with what they came from, whose scale factors are powers of two, as `quantized`."""
     x_TD = dequantize(rows, dtype)
     x_TD.quantized = rows  # type: ignore[attr-defined]
     return x_TD

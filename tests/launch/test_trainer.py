@@ -164,3 +164,18 @@ def test_what_no_batch_can_mend_is_not_laid_to_the_batch():
     assert "train." not in str(error.value)
     with pytest.raises(ValueError, match=r"needs a microbatch .* \(train.global_batch_size=1 makes 1"):
         _check_batches(TrainConfig(global_batch_size=1), ParallelConfig(pp=2, schedule="dualpipe").make_schedule, dp=1)
+
+
+def _changed(rank, world_size, first, then, folder):
+    trainer = Trainer(first, World(rank, world_size, torch.device("cpu")))
+    at = trainer.save(folder)
+    unchanged = trainer.load(at)
+    return unchanged, Trainer(then, World(rank, world_size, torch.device("cpu"))).load(at)
+
+
+def test_going_on_with_other_numbers_is_said(data, tmp_path):
+    first, then = config(data, precision="bf16"), config(data, precision="fp8")
+    then.optim.moments, then.data.sequence_length = "bf16", 12
+    unchanged, changed = run_ranks(1, _changed, first, then, tmp_path)[0]
+    assert unchanged == []
+    assert changed == ["precision=fp8 (was bf16)", "optim.moments=bf16 (was fp32)", "data.sequence_length=12 (was 24)"]

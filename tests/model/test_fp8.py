@@ -83,12 +83,33 @@ def test_what_can_be_computed_again_is_not_kept():
 def test_rows_that_came_in_fp8_are_the_operand():
     x, weight = normal(40, 256), normal(64, 256, seed=1)
     other = normal(40, 256, seed=9)
-    product = linear()
+    product = linear("model.layers.1.mlp.experts.gate_up_proj")
     expected = product(other, weight, at_once)
-    x.quantized = tile_cast(other)
+    plain = product(x, weight, at_once)
+    x.quantized = tile_cast(other, power_of_two=True)
     assert torch.equal(product(x, weight, at_once), expected)
     _, out = saved_bytes(lambda: product(x.requires_grad_(), torch.nn.Parameter(weight), at_once))
     assert any(t.data_ptr() == x.quantized.q.data_ptr() for t in out.grad_fn.saved_tensors if t is not None)
+    x.quantized = tile_cast(x.detach(), power_of_two=True)
+    assert torch.equal(product(x, weight, at_once), plain), "a cast would have made the same"
+    wants_fp32 = linear()
+    assert not torch.equal(wants_fp32.operand(x).sf, x.quantized.sf), "nor is it the operand of who wants another"
+
+
+@pytest.mark.parametrize("name", ["experts.down_proj", "shared_experts.down_proj"])
+def test_a_gradient_that_came_in_fp8_is_cast_no_more(name):
+    x, weight, dy = normal(40, 256).requires_grad_(), normal(64, 256, seed=1), normal(40, 64, seed=2)
+    product = linear(f"model.layers.1.mlp.{name}")
+    dy = dequantize(tile_cast(dy, power_of_two=True), dy.dtype)
+
+    def gradient(of):
+        dy.quantized = tile_cast(of, power_of_two=True)
+        return torch.autograd.grad(product(x, weight, at_once), x, dy)[0]
+
+    expected = torch.autograd.grad(product(x, weight, at_once), x, dy.clone())[0]
+    assert torch.equal(gradient(dy), expected), "casting it again would have given the same values"
+    is_read = not torch.equal(gradient(-dy), expected)
+    assert is_read == (name == "experts.down_proj"), "by who asks for powers of two alone"
 
 
 def test_an_input_that_layers_share_is_cast_once():

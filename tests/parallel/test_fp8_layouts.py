@@ -1,10 +1,12 @@
 """FP8 under layouts: recomputation, split backwards and overlap change no bit; FP8 payloads change next to nothing."""
 
 import gc
+from unittest import mock
 
 import pytest
 import torch
 
+from infra.fp8 import linear
 from infra.fp8.quantize import Quantized
 from parallel.config import ParallelConfig
 from tests.parallel.layouts import begin, build, tiny
@@ -73,3 +75,26 @@ def test_received_rows_wait_in_fp8_alone():
     """No tensor of a forward that has ended still has the rows in BF16."""
     for sizes in run_ranks(2, _decoded):
         assert sizes == []
+
+
+def _came_in_fp8(rank, world):
+    """How many operands of one step were not cast where they were read, and how many MoE layers there are."""
+    config = tiny(hidden_size=160)
+    parallel = ParallelConfig(ep=2, dispatcher="all_to_all", dispatch_dtype="fp8")
+    as_it_came, found = linear._as_it_came, []
+
+    def watched(*args):
+        found.append(as_it_came(*args))
+        return found[-1]
+
+    with mock.patch.object(linear, "_as_it_came", watched):
+        replica, executor, mesh = build(config, parallel, world, 1, precision="fp8")
+        begin(config, replica, mesh, 1)
+        executor.step()
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
+    return sum(q is not None for q in found), layers
+
+
+def test_rows_and_gradients_that_travelled_in_fp8_are_cast_once():
+    for came, layers in run_ranks(2, _came_in_fp8):
+        assert came == 2 * layers, "the up-projection's rows, and the gradients of the down-projection's"

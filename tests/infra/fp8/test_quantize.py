@@ -231,3 +231,29 @@ def test_a_gpu_casts_bit_for_bit(power_of_two: bool) -> None:
         here, there = function(x, power_of_two), function(x.cuda(), power_of_two)
         assert torch.equal(here.q.view(torch.uint8), there.q.cpu().view(torch.uint8))
         assert torch.equal(here.sf, there.sf.cpu())
+
+
+@pytest.mark.parametrize("shape", [(700, 130), (3, 260, 200)])
+def test_casts_of_large_tensors_go_in_pieces(shape, monkeypatch):
+    """Pieces end where tiles and blocks do; the bits are those of a cast in one go."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([300, 0, 129, shape[-2] - 429]) if shape[-2] > 429 else None
+    of = {
+        "tiles": lambda: tile_cast(x),
+        "blocks": lambda: block_cast(x),
+        "e5m6": lambda: qz.cast_e5m6(x),
+        "e5m6 and back": lambda: (qz.dequantize_e5m6(qz.cast_e5m6(x), shape[-1]),),
+    }
+    if x.dim() == 2:
+        of["transposed"] = lambda: transpose_cast(x, counts)
+        of["transposed from FP8"] = lambda: transpose_cast(tile_cast(x), counts)
+        of["blocks, transposed"] = lambda: transpose_cast(x, counts, (128, 128))
+    whole = {name: fn() for name, fn in of.items()}
+    monkeypatch.setattr(qz, "PIECE", 128 * shape[-1])
+    for name, fn in of.items():
+        for one, piece in zip(whole[name], fn(), strict=True):
+            assert torch.equal(one.view(torch.uint8), piece.view(torch.uint8)), name
+    if x.dim() == 2:
+        once = tile_cast(x)
+        for a, b in zip(transpose_cast(once, counts), transpose_cast(dequantize(once), counts), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), "FP8 is taken as its values"

@@ -37,6 +37,13 @@ def test_each_tile_has_a_scale_of_its_own(dispatch_dtype):
     torch.testing.assert_close(back, x, rtol=2**-4, atol=0)
 
 
+def test_only_powers_of_two_are_handed_on_as_operands():
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    rows = decode(encode(x, "fp8"), 256, x.dtype, "fp8")
+    assert torch.equal(rows.quantized.sf, rows.quantized.sf.log2().round().exp2())
+    assert not hasattr(decode(encode(x, "fp8_fp32_sf"), 256, x.dtype, "fp8_fp32_sf"), "quantized")
+
+
 @pytest.mark.parametrize("dispatch_dtype", FP8)
 def test_no_rows_and_rows_of_zeros(dispatch_dtype):
     assert decode(encode(torch.zeros(0, 130), dispatch_dtype), 130, torch.float32, dispatch_dtype).shape == (0, 130)
