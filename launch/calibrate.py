@@ -101,7 +101,7 @@ class Calibration:
         rates = KernelRates(device=name, dtype=config.precision.name, attention_length=config.data.sequence_length)
         self.cluster = ClusterConfig(
             name=Path(config.out).stem, device=name, num_ranks=world.size, ranks_per_node=self.ranks_per_node,
-            memory_gb=memory, fp8_tflops=0.0, num_sms=_multiprocessors(self.on_cuda),
+            memory_gb=memory, host_memory_gb=_host_memory_gb(), fp8_tflops=0.0, num_sms=_multiprocessors(self.on_cuda),
             comm_sms=20 if self.on_cuda else 0, dollars_per_hour=0.0, rates=rates,
         )  # fmt: skip
         self.not_measured = [
@@ -266,10 +266,16 @@ def _device(on_cuda: bool, ranks_here: int) -> tuple[str, float]:
     if on_cuda:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return properties.name, properties.total_memory / 1e9
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     found = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.partition(":")[2].strip() for line in found.splitlines() if line.startswith("model name")]
-    return f"CPU, {len(names) or os.cpu_count()} x {names[0] if names else platform.machine()}", total / ranks_here
+    return (
+        f"CPU, {len(names) or os.cpu_count()} x {names[0] if names else platform.machine()}",
+        _host_memory_gb() / ranks_here,
+    )
+
+
+def _host_memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _multiprocessors(on_cuda: bool) -> int:

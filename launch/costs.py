@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -71,7 +70,9 @@ def measured_costs(
 
 def measured_shape(run: str) -> dict[str, Any]:
     """{schedule, pp, num_microbatches} of the step that a run measured; only what `simulate` can ask for."""
-    found = json.loads((Path(run) / "trace" / "measured.json").read_text(encoding="utf-8"))
+    from launch.trace import read_measured
+
+    found = read_measured(Path(run))
     shape = {name: found[name] for name in ("schedule", "pp", "num_microbatches")}
     return shape if shape["schedule"] in SCHEDULES else {name: shape[name] for name in ("pp", "num_microbatches")}
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def check_folder(word: str, path: str | None) -> None:
+    """Raises ValueError where `path`, given as `word`, is something else than a folder or nothing."""
+    if path is not None and Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{word}={path} is a file: name a folder")
+
+
 def save(path: Path, content: str | bytes) -> None:
     """Writes beside the target, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from rich.progress import Progress
 from infra.hardware import ClusterConfig
 from launch.errors import one_line_errors
 from launch.expert_load import read_expert_load
+from launch.files import check_folder
 from launch.plan_report import as_row, line_of, report
 from launch.sweep import is_asked, is_sweep, leave_row, row_or_note, sweep, swept_words
 from model.config import ModelConfig
@@ -127,6 +128,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_choice("moments", self.moments, ("fp32", "bf16"))
+        check_folder("out", self.out)
         for name in ("exact", "show"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -43,6 +43,7 @@ def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
         "TFLOP/s": round(flops / row.time.total / layout.world / 1e12, 1),
         "bubble_fraction": row.time.bubble / row.time.total,
         "memory_GB": round(row.memory.total / 1e9, 1),
+        "margin_GB": round(row.memory.margin / 1e9, 1),
         "ranks": layout.world,
         "layout": f"{short} zero{layout.zero_stage} mb{layout.microbatch_size}",
     }
@@ -146,18 +147,22 @@ def show_interval(console: Console, name: str, found: Interval) -> None:
     )
 
 
-def show_verdict(console: Console, planner: Planner, layout: Layout, held: RankMemory) -> None:
-    """Whether a layout fits, and if not the smallest change that makes it fit."""
+def show_verdict(console: Console, name: str, planner: Planner, layout: Layout, held: RankMemory) -> None:
+    """Whether a layout fits, with what margin, and if not the smallest change that makes it fit."""
     limit = planner.step.cluster.memory_gb
     if held.total <= planner.limit:
-        console.print(f"fits: {held.total / 1e9:.1f} of {limit:g} GB on the fullest rank", highlight=False)
+        console.print(
+            f"{name} fits: {held.total / 1e9:.1f} of {limit:g} GB ({held.total / planner.limit:.1%}) on the fullest "
+            f"rank, {held.margin / 1e9:.1f} of them margin for context, communicators and fragmentation",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
         return
     found = smallest_change(planner.memory, layout, planner.global_batch_size)
     change = "no single change makes it fit"
     if found is not None:
         words = " ".join(f"{name}={new}" for name, (_, new) in layout.differs(found[0]).items())
         change = f"smallest change: {words}, which makes it {found[1].total / 1e9:.1f} GB"
-    line = f"does not fit: {held.total / 1e9:.1f} of {limit:g} GB; {change}"
+    line = f"{name} does not fit: {held.total / 1e9:.1f} of {limit:g} GB; {change}"
     console.print(line, style="yellow", soft_wrap=True, highlight=False)
 
 
@@ -188,7 +193,8 @@ def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: G
         place = next((n for n, row in enumerate(plan.rows, start=1) if row.layout == beside.layout), None)
         where = f"rank {place} of {plan.num_fitting}" if place else "not among those replayed"
         console.print(f"beside ({' '.join(f'{k}={v}' for k, v in (config.beside or {}).items())}): {where}")
-        show_verdict(console, planner, beside.layout, beside.memory)
+        show_verdict(console, "beside", planner, beside.layout, beside.memory)
+    show_verdict(console, "winner", planner, winner.layout, winner.memory)
     show_terms(console, winner, beside)
     show_interval(console, "winner", spans[0])
     if beside is not None:

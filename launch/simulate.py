@@ -39,7 +39,7 @@ from rich.table import Table
 from infra.hardware import ClusterConfig
 from launch.costs import costs_of, measured_costs, measured_shape, named, planned_costs, read_text
 from launch.errors import one_line_errors
-from launch.files import save
+from launch.files import check_folder, save
 from launch.summary import Row
 from launch.sweep import is_asked, is_sweep, job_number, leave_row, row_or_note, sweep, swept_words
 from model.config import ModelConfig
@@ -116,6 +116,7 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         check_choice("work", self.work, ("sleep", "matmul"))
+        check_folder("out", self.out)
         if self.measure is not None:
             self.unit = "ms"
         elif self.cluster is not None:

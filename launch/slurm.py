@@ -7,7 +7,8 @@ line: the overrides of launch/pretrain.py, as launch/plan.py prints them; or pla
 winner) is taken, with its number of ranks. In run.dir, which all nodes must see:
 
     job.sbatch      srun starts a process a rank; run it again with sbatch: the run goes on where it was
-    code/           every file of this repository that git knows, as it is now, with what is not committed
+    code/HASH/      every file of this repository that git knows, as it is now, with what is not committed; a job keeps
+                    the one that it was written with, whatever is prepared here later
     config.line     the overrides, one a line; run.dir is added
 
 Every word goes into the batch file through shlex.quote. Python, nodes, account and partition are yours to
@@ -16,6 +17,7 @@ name; what else sbatch takes goes into `sbatch={qos: high, ...}`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -24,14 +26,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from conf.schema import register
+from conf.schema import Config, register
 from launch.errors import one_line_errors
 from launch.files import save
+from parallel.plan.layout import Layout, illegal
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEXT = ("line=", "plan=", "run.dir=", "name=", "time=", "python=")
@@ -100,26 +103,35 @@ def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     return shlex.split(line), ranks
 
 
-def checked_words(config: SlurmConfig, words: list[str]) -> list[str]:
-    """The words with run.dir. Raises what launch/pretrain.py would refuse, now rather than when the job starts."""
+def checked_words(config: SlurmConfig, words: list[str], world: int) -> list[str]:
+    """The words with run.dir. Raises what launch/pretrain.py would refuse on `world` ranks, now rather than when the
+    job starts."""
     words = [word for word in words if not word.startswith("run.dir=")]
     words.append(f"run.dir={Path(config.run.dir).resolve()}")
     register()
     with initialize_config_module("conf", version_base="1.3"):
-        OmegaConf.to_object(compose("pretrain", words))
+        run = cast(Config, OmegaConf.to_object(compose("pretrain", words)))
+    parallel, train = run.parallel, run.train
+    layout = Layout(
+        world, parallel.ranks_per_node, parallel.pp, parallel.ep, parallel.schedule, parallel.dispatcher,
+        microbatch_size=train.microbatch_size,
+    )  # fmt: skip
+    if why := illegal(run.model, layout, train.global_batch_size):
+        raise ValueError(f"{why} (on {world} ranks)")
     return words
 
 
-def snapshot_code(target: Path) -> int:
-    """Copies every file that git tracks or would track; returns how many. Raises ValueError outside a repository, and
-    where git would track the copy."""
+def snapshot_code(folder: Path) -> tuple[Path, int]:
+    """Copies every file that git tracks or would track into a folder in `folder` that is named by what they hold;
+    returns it, and how many they are. What is there already is left alone: a run may be at work with it. Raises
+    ValueError outside a repository, and where git would track the copy."""
     git = ["git", "-C", str(ROOT)]
     if (
-        target.resolve().is_relative_to(ROOT)
-        and subprocess.run([*git, "check-ignore", "-q", target.resolve()]).returncode
+        folder.resolve().is_relative_to(ROOT)
+        and subprocess.run([*git, "check-ignore", "-q", folder.resolve()]).returncode
     ):
         raise ValueError(
-            f"run.dir={target.parent} is part of the code that a run takes along: use runs/NAME, or a folder elsewhere"
+            f"run.dir={folder.parent} is part of the code that a run takes along: use runs/NAME, or a folder elsewhere"
         )
     listed = subprocess.run(
         [*git, "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -127,19 +139,23 @@ def snapshot_code(target: Path) -> int:
     )  # fmt: skip
     if listed.returncode:
         raise ValueError(f"{ROOT} is no git repository: its code cannot be snapshotted")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     names = sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+    digest = hashlib.sha256()
     for name in names:
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, partial / name)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    return len(names)
+        digest.update(f"{name}\0{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}\0".encode())
+    target = folder / digest.hexdigest()[:12]
+    if not target.exists():
+        partial = folder / f".{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in names:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, partial / name)
+        partial.rename(target)
+    return target, len(names)
 
 
-def batch_file(config: SlurmConfig, nodes: int, words: list[str]) -> str:
-    """The text of job.sbatch."""
+def batch_file(config: SlurmConfig, nodes: int, words: list[str], code: Path) -> str:
+    """The text of job.sbatch, which runs the `code` of a snapshot."""
     folder = Path(config.run.dir).resolve()
     options: dict[str, Any] = {
         "job-name": config.name,
@@ -162,7 +178,7 @@ def batch_file(config: SlurmConfig, nodes: int, words: list[str]) -> str:
 #SBATCH --output={folder / "slurm-%j.log"}
 
 set -euo pipefail
-cd {shlex.quote(str(folder / "code"))}
+cd {shlex.quote(str(code.resolve()))}
 export PYTHONPATH=$PWD
 export OMP_NUM_THREADS={1 if config.gpus else config.cpus_per_rank}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -173,10 +189,9 @@ exec srun --kill-on-bad-exit=1 {shlex.quote(config.python)} {command}
 """
 
 
-def prepare(config: SlurmConfig) -> tuple[Path, int, int]:
-    """Writes everything; returns (the batch file, nodes, files of code)."""
+def prepare(config: SlurmConfig) -> tuple[Path, int, str]:
+    """Writes everything; returns (the batch file, nodes, what code it runs)."""
     words, ranks = chosen_line(config)
-    words = checked_words(config, words)
     if config.nodes is None and ranks is None:
         raise ValueError("nodes= is missing: a line does not say how many ranks it is for (a plan does)")
     per_node = config.ranks_per_node
@@ -186,15 +201,16 @@ def prepare(config: SlurmConfig) -> tuple[Path, int, int]:
     if ranks is not None and nodes * per_node != ranks:
         have = f"nodes={nodes} of ranks_per_node={per_node} are {nodes * per_node} ranks"
         raise ValueError(f"{have}, but the plan has {ranks}")
+    words = checked_words(config, words, nodes * per_node)
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        count = snapshot_code(folder / "code")
+        code, count = snapshot_code(folder / "code")
         save(folder / "config.line", "\n".join(words) + "\n")
-        save(folder / "job.sbatch", batch_file(config, nodes, words))
+        save(folder / "job.sbatch", batch_file(config, nodes, words, code))
     except OSError as error:
         raise ValueError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from None
-    return folder / "job.sbatch", nodes, count
+    return folder / "job.sbatch", nodes, f"{count} files of code in {code}"
 
 
 def submit(path: Path) -> str:
@@ -224,8 +240,8 @@ def main() -> None:
         OmegaConf.update(merged, name, value)  # whatever signs it holds
     config = OmegaConf.to_object(merged)
     assert isinstance(config, SlurmConfig)
-    path, nodes, count = prepare(config)
-    print(f"{path}: {nodes} nodes of {config.ranks_per_node} ranks; {count} files of code in {path.parent / 'code'}")
+    path, nodes, code = prepare(config)
+    print(f"{path}: {nodes} nodes of {config.ranks_per_node} ranks; {code}")
     print(submit(path) if config.submit else f"submit it with: sbatch {shlex.quote(str(path))}")
 
 

@@ -66,12 +66,18 @@ def _as_data(schedule: Schedule, costs: Costs, timeline: Timeline) -> dict[str, 
 
 
 def read_costs(folder: Path) -> tuple[Costs, int]:
-    """The costs by stage, in ms, that a run measured, and over how many pipeline ranks.
+    """The costs by stage, in ms, that a run measured, and over how many pipeline ranks."""
+    found = read_measured(folder)
+    return Costs(**found["costs"]), found["pp"]
 
-    Raises ValueError in one line where the run left none.
-    """
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """measured.json of a run. Raises ValueError in one line where the run left none."""
     path = folder / "trace" / "measured.json"
     if not path.exists():
-        raise ValueError(f"{path} does not exist: a run with parallel.pp above 1 and run.trace=true writes it")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Costs(**found["costs"]), found["pp"]
+        raise ValueError(
+            f"{folder} holds no measured step (trace/measured.json): a run with parallel.pp above 1 and run.trace=true "
+            "writes one"
+        )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

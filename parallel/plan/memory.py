@@ -30,7 +30,11 @@ from parallel.plan.measured import StageBytes, in_flight, stage_bytes
 from parallel.plan.step import StepModel
 
 E5M6 = 1.5 + 4 / 128
-CONTEXT = 2.0e9  # CUDA context, NCCL's and NVSHMEM's own buffers: an assumption
+# CUDA context, NCCL's and NVSHMEM's own buffers: an assumption. A context alone takes 0.3 GB since kernels are loaded
+# when first used (pytorch issue 107667). Each communicator may take more: RCCL's were measured at 1.1 GB for the first
+# and 0.7 for every other (LUMI-AI-Guide issue 111). What a run with many needs beyond this has to come out of what a
+# device holds above its name: torch sees 79.1 GiB, 84.9 GB, of an "80 GB" H100.
+CONTEXT = 2.0e9
 FRAGMENTATION = 0.03  # of all else that the allocator hands out: an assumption
 STEADY = 4  # times pp microbatches: where every schedule but gpipe has reached its peak
 

@@ -45,6 +45,8 @@ def test_the_file_says_what_was_measured_and_plans_take_it(
 ) -> None:
     assert calibrated["calibrated"]["torch"] == torch.__version__
     assert calibrated["calibrated"]["not_measured"] == ["messages between ranks", "messages between nodes"]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    assert calibrated["host_memory_gb"] == pytest.approx(machine, rel=1e-3)
     rates = calibrated["rates"]
     assert all(row[3] > 0 for kind in ("dense", "grouped", "wgrad") for row in rates[kind])
     assert min(rates[name] for name in ("attention_forward", "stream_gbs", "permute_gbs", "update_gbs")) > 0

@@ -43,6 +43,7 @@ def test_it_prints_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None
     printed, refused = run(*SMALL, "exact=20", "memory=true")
     assert refused == ""
     assert re.search(r"[\d,]+ legal layouts, [\d,]+ fit 4 GB, 20 of them replayed", printed)
+    assert re.search(r"winner fits: [\d.]+ of 4 GB \([\d.]+%\) on the fullest rank, [\d.]+ of them margin", printed)
     for part in ("one word away from the winner", "Pareto front", "GPU-hours", "activations over the step"):
         assert part in printed
     assert "note: kernel rates were measured on H800 and are scaled to CPU by its peaks" in printed
@@ -79,6 +80,7 @@ def test_files_hold_every_row_and_lines_that_pretrain_composes(run: Run, tmp_pat
         (("cluster.memory_gb=0.01",), "none of .* layouts fits 0.01 GB"),
         (("parallel.schedul=3",), "parallel.schedul: no such option; did you mean parallel.schedule"),
         (("exact=0",), "exact=0: must be at least 1"),
+        ((f"out={__file__}",), "test_plan_cli.py is a file: name a folder"),
     ],
 )
 def test_wrong_input_ends_in_one_line(run: Run, words: tuple[str, ...], line: str) -> None:

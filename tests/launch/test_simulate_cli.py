@@ -230,6 +230,7 @@ def test_one_impossible_combination_does_not_end_a_sweep(run, tmp_path: Path) ->
         ("parallel.schedule_csv=binary.csv", "binary.csv: not a text file"),
         ("auto.shape=w", "auto.shape=w: expected one of loop, v, bidirectional, any"),
         ("unit=weeks", "unit=weeks: expected one of"),
+        ("measure=.", ". holds no measured step (trace/measured.json): a run with parallel.pp above 1"),
     ],
 )
 def test_wrong_input_is_one_line(run, tmp_path: Path, words: str, says: str) -> None:
@@ -313,3 +314,8 @@ def test_a_word_that_no_layout_has_is_refused(run) -> None:
     common = ("cluster=laptop", "model=debug", "parallel.pp=2")
     assert "layout: word=epp: expected one of world" in run(*common, "layout={epp: 2}")[1]
     assert "ep=3" in run(*common, "layout={ep: 3}")[1]
+
+
+def test_out_is_a_folder(run, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("mine")
+    assert "out=notes.md is a file: name a folder" in run("out=notes.md")[1]

@@ -55,7 +55,7 @@ def test_what_srun_would_start_is_the_line(run, tmp_path: Path) -> None:
     """With a fake srun and scontrol (of more nodes than a pipe holds), the file starts launch/pretrain.py of the
     snapshot with the very words."""
     nasty = "data.path='a $(touch pwned); `id` * b'"
-    assert run(f'line={LINE} "{nasty}"', "nodes=1", "ranks_per_node=1", "run.dir=r", "gpus=false")[1] == ""
+    assert run(f'line={LINE} "{nasty}"', "nodes=1", "ranks_per_node=2", "run.dir=r", "gpus=false")[1] == ""
     fake = tmp_path / "bin"
     fake.mkdir()
     (fake / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$MASTER_ADDR" "$MASTER_PORT" "$@"\n')
@@ -65,7 +65,7 @@ def test_what_srun_would_start_is_the_line(run, tmp_path: Path) -> None:
     env = {"PATH": f"{fake}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
     done = subprocess.run(["bash", "r/job.sbatch"], env=env, capture_output=True, text=True, check=True)
     place, address, port, *words = done.stdout.splitlines()
-    assert (place, address, port) == (str(tmp_path / "r/code"), "first", "23456")
+    assert (Path(place).parent, address, port) == (tmp_path / "r/code", "first", "23456")
     assert words[:3] == ["--kill-on-bad-exit=1", sys.executable, "launch/pretrain.py"]
     assert words[3:] == [*LINE.split(), nasty, f"run.dir={tmp_path}/r"]
     assert not list(tmp_path.rglob("pwned"))
@@ -73,13 +73,28 @@ def test_what_srun_would_start_is_the_line(run, tmp_path: Path) -> None:
 
 def test_the_code_is_that_of_this_moment(run, tmp_path: Path) -> None:
     run(f"line={LINE}", "nodes=1", "run.dir=r")
+    (code,) = (tmp_path / "r/code").iterdir()
     for name in ("launch/pretrain.py", "conf/pretrain.yaml", "parallel/plan/step.py"):
-        assert (tmp_path / "r/code" / name).read_bytes() == (slurm.ROOT / name).read_bytes()
-    assert not (tmp_path / "r/code/.git").exists()
-    stale = tmp_path / "r/code/stale.py"
-    stale.touch()
-    run(f"line={LINE}", "nodes=1", "run.dir=r")
-    assert not stale.exists()
+        assert (code / name).read_bytes() == (slurm.ROOT / name).read_bytes()
+    assert not (code / ".git").exists()
+
+
+def test_code_that_changed_leaves_that_of_a_running_job_alone(run, tmp_path: Path, monkeypatch) -> None:
+    root = tmp_path / "root"
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    (root / "a.py").write_text("one")
+    monkeypatch.setattr(slurm, "ROOT", root)
+    assert run(f"line={LINE}", "nodes=1", "run.dir=r")[1] == ""
+    (first,) = (tmp_path / "r/code").iterdir()
+    written = (first / "a.py").stat()
+    run(f"line={LINE}", "nodes=1", "run.dir=r")  # the same code again: nothing is written
+    assert list((tmp_path / "r/code").iterdir()) == [first]
+    assert (first / "a.py").stat() == written
+    (root / "a.py").write_text("two")
+    assert run(f"line={LINE}", "nodes=1", "run.dir=r")[1] == ""
+    (second,) = set((tmp_path / "r/code").iterdir()) - {first}
+    assert [(code / "a.py").read_text() for code in (first, second)] == ["one", "two"]
+    assert f"cd {second}\n" in (tmp_path / "r/job.sbatch").read_text()
 
 
 def test_a_run_folder_is_no_part_of_the_code_it_takes_along(run, tmp_path: Path, monkeypatch) -> None:
@@ -90,7 +105,7 @@ def test_a_run_folder_is_no_part_of_the_code_it_takes_along(run, tmp_path: Path,
     assert "run.dir=mine is part of the code" in run(f"line={LINE}", "nodes=1", "run.dir=mine")[1]
     assert run(f"line={LINE}", "nodes=1", "run.dir=runs/mine")[1] == ""
     assert not (tmp_path / "mine/code").exists()
-    assert (tmp_path / "runs/mine/code/.gitignore").exists()
+    assert len(list((tmp_path / "runs/mine/code").glob("*/.gitignore"))) == 1
 
 
 def test_signs_that_sbatch_would_misread_are_refused_in_the_whole_path(run, tmp_path: Path, monkeypatch) -> None:
@@ -100,7 +115,7 @@ def test_signs_that_sbatch_would_misread_are_refused_in_the_whole_path(run, tmp_
 
 
 def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
-    rows = [{"line": "model=debug", "ranks": 8}, {"line": LINE, "ranks": 16}]
+    rows = [{"line": "model=debug", "ranks": 8}, {"line": f"{LINE} train.global_batch_size=32", "ranks": 16}]
     (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
     assert run("plan=plan.json", "row=2", "run.dir=r")[1] == ""
     assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
@@ -148,6 +163,9 @@ def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_
         ([f"plan={slurm.ROOT / 'README.md'}"], "README.md is not a plan.json of launch/plan.py"),
         ([f"line={LINE}", "nodes=1", "run.dir="], "run.dir= is empty: name a folder"),
         (["nodes"], "nodes: not of the form option=value"),
+        ([f"line={LINE} parallel.pp=3", "nodes=1"], "pp=3 does not divide world=8"),
+        (["line=model=debug parallel.ep=3 parallel.dispatcher=two_hop", "nodes=1"], "ep=3 does not divide dp=8"),
+        ([f"line={LINE} train.global_batch_size=9", "nodes=1"], "such as 16 (on 8 ranks)"),
     ],
 )
 def test_wrong_input_ends_in_one_line(run, words: list[str], line: str) -> None:
