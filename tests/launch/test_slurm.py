@@ -115,7 +115,7 @@ def test_signs_that_sbatch_would_misread_are_refused_in_the_whole_path(run, tmp_
 
 
 def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
-    rows = [{"line": "model=debug", "ranks": 8}, {"line": f"{LINE} train.global_batch_size=32", "ranks": 16}]
+    rows = [{"line": "model=debug", "ranks": 8}, {"line": f"{LINE} train.global_batch_size=64", "ranks": 16}]
     (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
     assert run("plan=plan.json", "row=2", "run.dir=r")[1] == ""
     assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
