@@ -89,13 +89,10 @@ def save(
         except OSError as failure:
             error = failure
     _agree(error, root, group)
-    file = beside / f"rank_{rank:05d}.safetensors"
     try:
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
-        entry = {"size": file.stat().st_size, "checksum": _checksum(file), "keys": sorted(tensors)}
-        _write_json(file.with_suffix(".json"), entry)
+        _write_file(beside, rank, tensors)
     except OSError as failure:
-        error = _named(failure, file)
+        error = failure
     try:
         _agree(error, root, group)
         if rank == 0:
@@ -108,6 +105,30 @@ def save(
     except OSError:
         if rank == 0:
             shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return target
+
+
+def save_one_by_one(
+    root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any], max_bytes: int = 5 * 10**9
+) -> Path:
+    """Like `save`, on one rank, of tensors that need not fit into memory together: a file for every `max_bytes`."""
+    target, beside = root / f"step_{step}", root / f".step_{step}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    held: dict[str, Tensor] = {}
+    num_files = num_bytes = 0
+    try:
+        beside.mkdir(parents=True)
+        for name, tensor in tensors:
+            if held and num_bytes + tensor.nbytes > max_bytes:
+                _write_file(beside, num_files, held)
+                num_files, held, num_bytes = num_files + 1, {}, 0
+            held[name] = tensor
+            num_bytes += tensor.nbytes
+        _write_file(beside, num_files, held)
+        _publish(beside, target, num_files + 1, dict(meta, step=step))
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
         raise
     return target
 
@@ -269,12 +290,23 @@ def clear(root: Path) -> Iterator[tuple[Path, int]]:
             yield folder, int(match[1])
 
 
-def _publish(beside: Path, target: Path, world_size: int, meta: dict[str, Any]) -> None:
+def _write_file(beside: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """What one rank contributes, and what the index will say of it. Raises OSError, which names the file."""
+    file = beside / f"rank_{number:05d}.safetensors"
+    try:
+        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        entry = {"size": file.stat().st_size, "checksum": _checksum(file), "keys": sorted(tensors)}
+        _write_json(file.with_suffix(".json"), entry)
+    except OSError as failure:
+        raise _named(failure, file) from None
+
+
+def _publish(beside: Path, target: Path, num_files: int, meta: dict[str, Any]) -> None:
     files: dict[str, Any] = {}
-    for rank in range(world_size):
-        part = beside / f"rank_{rank:05d}.json"
-        files[f"rank_{rank:05d}.safetensors"] = json.loads(part.read_text())
-        part.unlink()
+    for number in range(num_files):
+        entry = beside / f"rank_{number:05d}.json"
+        files[f"rank_{number:05d}.safetensors"] = json.loads(entry.read_text())
+        entry.unlink()
     _check_whole(key for entry in files.values() for key in entry["keys"])
     index = {"format": FORMAT, "meta": meta, "files": files}
     _write_json(beside / "index.json", index | {"checksum": _checksum_of_index(index)})

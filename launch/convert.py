@@ -81,19 +81,8 @@ def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path
     if (root / "step_0").exists() and not overwrite:
         raise ValueError(f"{root / 'step_0'} exists: choose another target, or replace it with overwrite=true")
     published = HuggingFaceCheckpoint(source)
-    tensors: dict[str, Tensor] = {}
-    for name, shape in track(names_and_shapes(published.config).items(), description="reading"):
-        tensor = published.tensor(name)
-        if tensor.shape != shape:
-            raise ValueError(f"{source}: {name} is {tuple(tensor.shape)}, but its config.json makes it {tuple(shape)}")
-        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        if name.endswith("e_score_correction_bias"):
-            tensors[f"bias/{name}"] = tensor
-            continue
-        for key, part in _taken_apart(name, tensor):
-            tensors[f"master/{key}"] = part
     meta = {"samples": 0, "tokens": 0, "model": asdict(published.config)}
-    step = checkpoint.save(root, 0, tensors, meta, keep=1 << 30)
+    step = checkpoint.save_one_by_one(root, 0, _tensors_of(published), meta)
     if (source / "tokenizer.json").exists():
         beside = root.parent / ".tokenizer.json.writing"
         shutil.copyfile(source / "tokenizer.json", beside)
@@ -116,14 +105,25 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str
     write_hugging_face(target, config, tensors, dtype)
 
 
-def _taken_apart(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A training checkpoint holds each expert under its number."""
-    if ".mlp.experts." not in name:
-        yield name, tensor
-        return
-    stem, leaf = name.rsplit(".", 1)
-    for e, expert in enumerate(tensor):
-        yield f"{stem}.{e}.{leaf}", expert
+def _tensors_of(published: HuggingFaceCheckpoint) -> Iterator[tuple[str, Tensor]]:
+    """By the keys of a training checkpoint, which holds each expert under its number; one at a time."""
+    for name, (num_rows, *shape) in track(names_and_shapes(published.config).items(), description="reading"):
+        if ".mlp.experts." in name:
+            stem, leaf = name.rsplit(".", 1)
+            for e in range(num_rows):
+                yield f"master/{stem}.{e}.{leaf}", _read(published, name, shape, e)
+        else:
+            kind = "bias" if name.endswith("e_score_correction_bias") else "master"
+            yield f"{kind}/{name}", _read(published, name, [num_rows, *shape])
+
+
+def _read(published: HuggingFaceCheckpoint, name: str, shape: list[int], expert: int | None = None) -> Tensor:
+    """In float32, or float64 where it is published so. Raises ValueError where its shape is not that of the model."""
+    tensor = published.tensor(name) if expert is None else published.tensor(name, expert, 1)[0]
+    if list(tensor.shape) != shape:
+        found, wanted = tuple(tensor.shape), tuple(shape)
+        raise ValueError(f"{published.folder}: {name} is {found}, but its config.json makes it {wanted}")
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)

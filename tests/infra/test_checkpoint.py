@@ -6,6 +6,7 @@ import random
 import resource
 import stat
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -30,6 +31,39 @@ def test_what_is_saved_is_read(tmp_path):
     for name, tensor in _tensors(0).items():
         assert torch.equal(read[name], tensor)
         assert read[name].dtype == tensor.dtype
+
+
+def test_tensors_saved_one_by_one_are_never_held_together(tmp_path):
+    held = weakref.WeakSet()
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for i in range(20):
+            tensor = torch.full((10,), float(i))
+            held.add(tensor)
+            most = max(most, len(held))
+            yield f"t{i}", tensor
+            del tensor
+
+    saved = Checkpoint(checkpoint.save_one_by_one(tmp_path, 3, tensors(), {"samples": 0}, max_bytes=4 * 40))
+    saved.verify()
+    assert most == 5  # four of a file, and the one that does not fit
+    assert len(list(saved.folder.glob("*.safetensors"))) == 5
+    assert saved.meta == {"samples": 0, "step": 3}
+    assert {key: value[0].item() for key, value in saved.read(saved.keys).items()} == {f"t{i}": i for i in range(20)}
+
+
+def test_what_fails_on_the_way_leaves_the_one_before(tmp_path):
+    def tensors():
+        yield "a", torch.ones(3)
+        raise ValueError("no such tensor")
+
+    checkpoint.save(tmp_path, 0, _tensors(0), {}, keep=1)
+    with pytest.raises(ValueError, match="no such tensor"):
+        checkpoint.save_one_by_one(tmp_path, 0, tensors(), {})
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step_0"]
+    assert Checkpoint(tmp_path / "step_0").keys == set(_tensors(0))
 
 
 def test_pieces_are_read_as_one_and_in_other_pieces(tmp_path):
