@@ -79,7 +79,9 @@ class MeshConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.world % self.pp:
             raise ValueError(
-                f"pp={self.pp} does not divide world={self.world}: use {_nearest('pp', self.pp, _divisors(self.world))}"
+                f"pp={self.pp} does not divide world={self.world}: use "
+                f"{_nearest('pp', self.pp, _divisors(self.world))}, "
+                f"or start {-(-self.world // self.pp) * self.pp} ranks"
             )
         if self.world % self.node_size:
             raise ValueError(

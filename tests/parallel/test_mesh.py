@@ -50,7 +50,7 @@ def test_mirrored_groups_join_both_ends_of_a_bidirectional_pipeline():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"pp": 4, "world": 6}, "pp=4 does not divide world=6: use pp=3 or pp=6"),
+        ({"pp": 4, "world": 6}, "pp=4 does not divide world=6: use pp=3 or pp=6, or start 8 ranks"),
         ({"ep": 3, "world": 8, "pp": 2}, r"ep=3 does not divide dp=4 .*: use ep=2 or ep=4"),
         ({"ep": 16, "world": 8}, r"ep=16 does not divide dp=8 .*: use ep=8"),
         (
