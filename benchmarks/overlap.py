@@ -101,7 +101,8 @@ def rate_for(share: float) -> float:
 
 
 def predicted(name: str, pp: int, share: float, exchange: float) -> float:
-    """The simulator's step time: alone, a slot's exchanges are all exposed; in a pair, none is."""
+    """The simulator's step time: alone, a slot's exchanges are all exposed; a pair takes as long as the longer of its
+    computing and its exchanges."""
     _, _, overlap = VARIANTS[name]
     third, travel = 2 * LAYER / 3, 2 * exchange  # of the two layers of 1/PP of the model: F or I or W; F or I
     whole = 3 * third + 2 * travel
@@ -109,7 +110,7 @@ def predicted(name: str, pp: int, share: float, exchange: float) -> float:
         f=third + travel,
         i=third + travel,
         w=third,
-        fb=3 * third if overlap else whole,
+        fb=max(3 * third, 2 * travel) if overlap else whole,
         p2p_bytes=TOKENS * ROW_BYTES,
         p2p_bandwidth=rate_for(share) / 8,
     )
