@@ -2,12 +2,13 @@
 
     sudo .venv/bin/python benchmarks/overlap_computing.py [--parts cost cluster] [--shares 0.3 0.6 1.0] [--rounds 5]
 
-cluster: 2 nodes x 1 rank, one thread each, ep 2, no pipeline: MoE layers, 1F1B in pairs, in turn and overlapped. Ranks
+cluster: 2 nodes x 1 rank, one thread each, ep 2, no pipeline: a MoE layer, 1F1B in pairs, in turn and overlapped. Ranks
          that shared a core would fill each other's waits, so there are no more of them than cores. Links are set so
-         that the all-to-alls of a step take 30, 60 and 100 % of its compute time: what they take over links as good as
-         none is measured first, and what that leaves goes to the links. The experts are large for their rows, since the
-         same cores also have to copy what travels, which no order can hide. Routing is balanced by force: a rank with
-         more than its share would be waited for, which is not travel.
+         that the all-to-alls of a step travel for 30, 60 and 100 % of its compute time: for how long they travel over
+         links as good as none is measured first, and what that leaves goes to the links. Time in which one rank waits
+         for the other to take part is not travel. Experts are large for their rows, and sequences long, since the same
+         cores also have to copy what travels, which no order can hide. Attention's heads together are three times as
+         wide as the model, as V3's are. Routing is balanced by force.
 cost:    1 rank, local dispatcher: phases against plain autograd over the same model, and pairs overlapped against the
          same slots in turn.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from infra import distributed
 from infra.allocator import keep_freed_memory
 from infra.precision import PrecisionConfig
+from launch.emulate import BUCKET_BYTES
 from measuring.cluster import from_rank, on_cluster
 from measuring.pipelined_step import PipelinedStep, in_turn
 from measuring.ratios import ratios, setting, shown
@@ -41,15 +43,15 @@ from parallel.parallelize import parallelize
 from parallel.pipeline.passes import pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
-LENGTH, MICROBATCHES = 512, 8
+LENGTH, MICROBATCHES = 1024, 16
 FREE = 40e9  # bits a second that nobody notices
 MODEL = ModelConfig(
     vocab_size=512,
     hidden_size=256,
     moe_intermediate_size=2048,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_nextn_predict_layers=0,
-    num_attention_heads=8,
+    num_attention_heads=16,
     q_lora_rank=128,
     kv_lora_rank=64,
     qk_nope_head_dim=32,
@@ -94,36 +96,40 @@ def make_steps(ep: int) -> tuple[dict[str, PipelinedStep], Tensor]:
     return steps, torch.randint(MODEL.vocab_size, (MICROBATCHES, 1, LENGTH + 1), generator=generator)
 
 
-def measure_rank(rounds: int) -> dict[str, Any]:
+def measure_rank(rounds: int, kinds: list[str]) -> dict[str, Any]:
     """On every rank of the cluster."""
     world = distributed.start()
     steps, tokens_MBL = make_steps(world.size)
-    del steps["slots of one"]
-    results = in_turn(steps, tokens_MBL, rounds)
+    results = in_turn({kind: steps[kind] for kind in kinds}, tokens_MBL, rounds)
     distributed.stop()
     return results
 
 
 def cluster_part(shares: list[float], rounds: int, console: Console) -> list[dict[str, Any]]:
-    free = on_cluster(__file__, 2, 1, FREE, [2])["pairs in turn"]
-    copying = statistics.median(free["comm"])
-    compute = statistics.median(free["seconds"]) - copying
-    console.print(f"computing {compute:.2f} s a step; all-to-alls over links as good as none {copying:.2f} s")
-    table = Table(title=f"2 ranks, ep 2, {MODEL.num_hidden_layers} MoE layers, {MICROBATCHES} microbatches")
-    for column in ("all-to-all / compute", "links", "in turn", "overlapped", "overlapped / in turn", "hidden"):
+    free = on_cluster(__file__, 2, 1, FREE, [2, "pairs in turn"])["pairs in turn"]
+    comm, copying, compute = (statistics.median(free[name]) for name in ("comm", "travel", "computing"))
+    console.print(f"computing {compute:.2f} s a step; all-to-alls over links as good as none {comm:.2f} s,")
+    console.print(f"of which {copying:.2f} s of travel, the rest waiting until both ranks take part")
+    table = Table(title=f"2 ranks, ep 2, {MODEL.num_hidden_layers} MoE layer, {MICROBATCHES} microbatches")
+    for column in ("travel / compute", "waiting", "links", "in turn", "overlapped", "overlapped / in turn", "hidden"):
         table.add_column(column, justify="right")
     rows = []
     for share in shares:
         if share * compute <= copying:
-            console.print(f"all-to-alls take more than {share:.0%} of computing over any link")
+            console.print(f"all-to-alls travel for more than {share:.0%} of computing over any link")
             continue
-        rate = free["bytes"] * 8 / (share * compute - copying)
-        results = on_cluster(__file__, 2, 1, rate, [rounds])
+        at_once = (
+            4 * MODEL.num_hidden_layers * MICROBATCHES * BUCKET_BYTES[0]
+        )  # an idle link lets a bucket of bytes through
+        rate = (free["bytes"] - at_once) * 8 / (share * compute - copying)
+        results = on_cluster(__file__, 2, 1, rate, [rounds, "pairs in turn", "pairs overlapped"])
         before, after = results["pairs in turn"], results["pairs overlapped"]
-        got = statistics.median([c / (s - c) for c, s in zip(before["comm"], before["seconds"], strict=True)])
-        rows.append({"share": share, "share_measured": got, "mbit": rate / 1e6, **results})
+        took, got = (statistics.median(ratios(before[name], before["computing"])) for name in ("comm", "travel"))
+        waiting = took - got
+        rows.append({"share": share, "share_measured": got, "waiting": waiting, "mbit": rate / 1e6, **results})
         table.add_row(
             f"{share:.0%}, measured {got:.0%}",
+            f"{waiting:.0%}",
             f"{rate / 1e6:.0f} Mbit/s",
             f"{statistics.median(before['seconds']):.2f} s",
             f"{statistics.median(after['seconds']):.2f} s",
@@ -155,7 +161,7 @@ def cost_part(rounds: int, console: Console) -> dict[str, list[float]]:
             run()
             if turn:  # the first is to warm up
                 seconds[name].append(time.perf_counter() - began)
-    table = Table(title=f"1 rank, {MODEL.num_hidden_layers} MoE layers, {MICROBATCHES} microbatches, nothing to hide")
+    table = Table(title=f"1 rank, {MODEL.num_hidden_layers} MoE layer, {MICROBATCHES} microbatches, nothing to hide")
     for column in ("", "step", "against"):
         table.add_column(column, justify="right")
     against = {
@@ -177,11 +183,12 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.6, 1.0], help="of communication")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("overlap_computing.json"))
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # how this script starts itself: rounds
+    parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)  # how this script starts itself: rounds, kinds
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.rank:
-        from_rank(measure_rank(options.rank), options.out)
+        rounds, *kinds = options.rank
+        from_rank(measure_rank(int(rounds), kinds), options.out)
         return
     console = Console(width=130)
     report = setting()

@@ -48,7 +48,7 @@ from launch.errors import TRACES, one_line_errors
 
 _PREFIX = "braid"  # of namespaces: braid.<pid>.<start time of that process>.<name>
 _UNITS = {"bit": 1, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
-_BUCKET_BYTES = (80 * 1024, 128 * 1024)  # least and most that may leave at once; TCP hands down up to 64 KB
+BUCKET_BYTES = (80 * 1024, 128 * 1024)  # least and most that may leave at once; TCP hands down up to 64 KB
 _MTU = 9000  # jumbo frames, as clusters have them
 _WINDOW = "4096 131072 524288"  # TCP's receive window: more than any link holds, less than makes a queue of seconds
 _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec must take no lock
@@ -191,7 +191,7 @@ class Cluster:
 
     def _limit(self, namespace: str, device: str, delayed: bool) -> None:
         link = self.config.link
-        least, most = _BUCKET_BYTES
+        least, most = BUCKET_BYTES
         bucket = int(min(max(link.bits_per_second / 8 * 2e-3, least), most))
         words = ["root", "handle", "1:", "tbf", "rate", link.rate, "burst", str(bucket), "limit", str(_QUEUE_BYTES)]
         _run("tc", "-n", namespace, "qdisc", "add", "dev", device, *words)

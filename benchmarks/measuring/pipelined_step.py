@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.expert.dispatcher import Dispatcher
-from parallel.mesh import Mesh
+from parallel.expert.travel import Interval
+from parallel.mesh import Group, Mesh
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P
@@ -26,7 +27,9 @@ class PipelinedStep:
     """One way to run a step, and what was measured of it.
 
     Hidden is 1 - exposed / communication in the pairs: the part of the lane's time in which its rank did not stand
-    still.
+    still. Travel is the part of the lane's time in which all ranks of an exchange took part; in the rest it waited for
+    the last of them, whatever the links. Computing is a step without the time in which its rank stood still; without
+    all communication would be too little, as even in turn shared experts compute while tokens travel.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class PipelinedStep:
         p2p = P2P(mesh.pp.ranks, mesh.pp.rank, up, down, torch.device("cpu"))
         program = lower(schedule).programs[mesh.at.pp]
         self.executor = Executor(schedule, program, mesh.at.pp, stages, p2p, overlap)
-        self.stages, self.dispatcher = stages, dispatcher
+        self.stages, self.mesh, self.dispatcher = stages, mesh, dispatcher
         self.seconds: list[float] = []
         self.hidden: list[float] = []
         self.comm: list[float] = []
+        self.travel: list[float] = []
+        self.computing: list[float] = []
         self.bytes_sent: list[int] = []
 
     def run(self, tokens_MBL: Tensor) -> None:
@@ -65,30 +70,51 @@ class PipelinedStep:
         sent = sum(traffic.bytes_across_nodes.values())
         traffic.__init__()  # type: ignore[misc]
         figures = torch.tensor(
-            [_total(whole, "time"), _total(inside, "time"), _total(inside, "exposed"), sent]
-        ).double()
+            [
+                _total(whole, "time"),
+                _total(whole, "exposed"),
+                _together(travels, self.mesh.ep),
+                _total(inside, "time"),
+                _total(inside, "exposed"),
+                sent,
+            ],
+            dtype=torch.float64,
+        )
         slowest = torch.tensor(seconds, dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             dist.all_reduce(figures)
             figures /= dist.get_world_size()
-        comm, in_pairs, exposed, num_bytes = figures.tolist()
+        comm, stood, travel, in_pairs, exposed, num_bytes = figures.tolist()
         self.seconds.append(slowest.item())
         self.comm.append(comm)
+        self.travel.append(travel)
+        self.computing.append(slowest.item() - stood)
         self.hidden.append(1 - exposed / in_pairs if in_pairs else 0.0)
         self.bytes_sent.append(int(num_bytes))
 
     def forget(self) -> None:
         """What was measured to warm up."""
-        for figures in (self.seconds, self.hidden, self.comm, self.bytes_sent):
+        for figures in (self.seconds, self.hidden, self.comm, self.travel, self.computing, self.bytes_sent):
             figures.clear()
 
     def report(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "hidden": self.hidden, "comm": self.comm, "bytes": self.bytes_sent[-1]}
+        names = ("seconds", "hidden", "comm", "travel", "computing")
+        return {name: getattr(self, name) for name in names} | {"bytes": self.bytes_sent[-1]}
 
 
 def _total(figures: Mapping[str, float], what: str) -> float:
     return sum(value for name, value in figures.items() if name.startswith(f"comm_{what}_"))
+
+
+def _together(travels: Sequence[tuple[str, Interval]], group: Group) -> float:
+    """Seconds of travels from when the last rank of the group began them: ranks begin the same ones in the same order,
+    and those of one machine have one clock."""
+    begun = torch.tensor([began for _, (began, _) in travels], dtype=torch.float64)
+    ended = torch.tensor([end for _, (_, end) in travels], dtype=torch.float64)
+    if group.size > 1:
+        dist.all_reduce(begun, op=dist.ReduceOp.MAX, group=group.pg)
+    return (ended - begun).sum().item()
 
 
 def in_turn(steps: Mapping[str, PipelinedStep], tokens_MBL: Tensor, rounds: int) -> dict[str, dict[str, Any]]:

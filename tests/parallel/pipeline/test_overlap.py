@@ -101,28 +101,19 @@ def _gradients(rank, world, config, parallel, num_microbatches):
     return all(torch.equal(off, on) for off, on in zip(result[False], result[True], strict=True))
 
 
-EVERY = [(r, d, s) for r in ("none", "selective", "full") for d in (0, 1, 2) for s in (0, 1, 2)]
-SOME = {("none", 0, 0), ("full", 1, 1), ("selective", 2, 2)}
+SCHEDULES = ("dualpipe", "dualpipev", *PAIRABLE)
+EVERY = [(p, r, d, s) for p in SCHEDULES for r in ("none", "selective", "full") for d in (0, 1, 2) for s in (0, 1, 2)]
+SOME = {("dualpipe", "none", 0, 0), ("dualpipe", "full", 1, 1), ("dualpipe", "selective", 2, 2)}
+SOME |= {(schedule, "full", 0, 1) for schedule in SCHEDULES[1:]}
 
 
 @pytest.mark.parametrize(
-    ("recompute", "depths", "shared"), [c if c in SOME else pytest.param(*c, marks=pytest.mark.slow) for c in EVERY]
+    ("schedule", "recompute", "depths", "shared"),
+    [c if c in SOME else pytest.param(*c, marks=pytest.mark.slow) for c in EVERY],
 )
-def test_overlap_is_bit_for_bit(recompute, depths, shared):
+def test_overlap_is_bit_for_bit(schedule, recompute, depths, shared):
     config = tiny(num_nextn_predict_layers=depths, n_shared_experts=shared)
     parallel = ParallelConfig(
-        pp=2, ep=2, schedule="dualpipe", dispatcher="two_hop", ranks_per_node=2, recompute=recompute
+        pp=2, ep=2, schedule=schedule, dispatcher="two_hop", ranks_per_node=2, recompute=recompute
     )
     assert all(run_ranks(4, _gradients, config, parallel, 4))
-
-
-@pytest.mark.parametrize("schedule", ["dualpipev", "dualpipe"])
-def test_overlap_is_bit_for_bit_on_every_schedule_that_pairs(schedule):
-    parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, dispatcher="all_to_all", recompute="full")
-    assert all(run_ranks(4, _gradients, tiny(), parallel, 6))
-
-
-@pytest.mark.parametrize("schedule", PAIRABLE)
-def test_overlap_is_bit_for_bit_on_paired_schedules(schedule):
-    parallel = ParallelConfig(pp=2, ep=2, schedule=schedule, dispatcher="all_to_all", recompute="full")
-    assert all(run_ranks(4, _gradients, tiny(), parallel, 4))
