@@ -50,7 +50,7 @@ TRAIN_BATCH, GRADIENT_BATCH = 8, 32
 BASE = Run("wide", 0, 150, "bf16")
 RUNS = [
     BASE,
-    *(BASE._replace(recipe=r, outlier=s) for s in (0, 16) for r in ("deepseek_v3", "tensor_scales")),
+    *(BASE._replace(recipe=r, outlier=s) for s in (16, 0) for r in ("deepseek_v3", "tensor_scales")),
 ]
 Rows = list[dict[str, Any]]
 
