@@ -139,8 +139,8 @@ def random_layouts() -> list[tuple[Layout, int]]:
         batch = MICROBATCH * world * draw.choice((2, 4))
         told = {"precision": "bf16", "microbatch_size": MICROBATCH}
         candidates = list(layouts(MODEL, one, world, batch, told))
-        if candidates:
-            found.append((draw.choice(candidates), batch))
+        if candidates and (drawn := (draw.choice(candidates), batch)) not in found:
+            found.append(drawn)
     return found[:RANDOM]
 
 
