@@ -213,7 +213,7 @@ def compare(layouts: Sequence[str], settings: Sequence[Setting]) -> list[dict[st
         world, words = LAYOUTS[name]
         mesh = MeshConfig(words.get("pp", 1), words.get("ep", 1), 8, world)
         for setting_ in settings:
-            ranks = run_ranks(world, measure, words, setting_)
+            ranks = run_ranks(world, measure, words, setting_, timeout=600)
             for what in touched(setting_):
                 pairs = [
                     (real[what], planned(world, words, setting_, mesh.coordinates(rank).pp)[what])
