@@ -145,6 +145,9 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     if x.q.numel() == 0:
         return x.q.to(dtype)
     rows, cols = x.q.shape[-2:]
+    if x.q.dim() == 2 and len(_pieces(x.q)) > 1:
+        step = _rows_at_once(cols)
+        return torch.cat([dequantize(rows_of(x, i, i + step), dtype) for i in range(0, rows, step)])
     values, sf = e4m3_to_float(x.q), x.sf
     if sf.shape[-2] not in (1, rows):
         sf = sf.repeat_interleave(TILE, dim=-2)[..., :rows, :]

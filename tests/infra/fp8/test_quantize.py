@@ -247,6 +247,8 @@ def test_casts_of_large_tensors_go_in_pieces(shape, monkeypatch):
     if x.dim() == 2:
         of["transposed"] = lambda: transpose_cast(x, counts)
         of["transposed from FP8"] = lambda: transpose_cast(tile_cast(x), counts)
+        of["tiles and back"] = lambda: (dequantize(tile_cast(x)),)
+        of["blocks and back"] = lambda: (dequantize(block_cast(x), torch.bfloat16),)
         of["blocks, transposed"] = lambda: transpose_cast(x, counts, (128, 128))
     whole = {name: fn() for name, fn in of.items()}
     monkeypatch.setattr(qz, "PIECE", 128 * shape[-1])
