@@ -4,7 +4,9 @@
 
 4 dense layers a rank, 2 ranks, 8 microbatches of 4 x 256 tokens, one thread a rank: tokens a second over twice those of
 one process that runs the whole model. torch's side has `nn.Linear` in place of ours, since its
-zero-bubble schedules take autograd's graph apart; everything else is the same modules.
+zero-bubble schedules take autograd's graph apart; everything else is the same modules. Each side is held against one
+process with its own kind of linear layer. `at once` are two processes with the whole model each, which share nothing
+but the machine: no schedule can do better than they.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.weight_grad import WeightGrads
 from tests.ranks import run_ranks
 
+ALONE, AT_ONCE = "one process", "at once"
 LAYERS, HIDDEN, LENGTH, PER_MICROBATCH, MICROBATCHES, RANKS = 4, 256, 256, 4, 8, 2
 MODEL = ModelConfig(
     hidden_size=HIDDEN,
@@ -117,19 +120,23 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
     keep_freed_memory()  # as every training process does
     groups = (dist.new_group(), dist.new_group())
     batch_MBLD = torch.randn(MICROBATCHES, PER_MICROBATCH, LENGTH, HIDDEN)
-    whole = Layers(layers_of(0, 1, plain=True))
 
-    def alone() -> None:
-        if rank == 0:
-            for x in batch_MBLD:
-                whole(x.requires_grad_()).sum().backward()
+    def whole(plain: bool, ranks: int = 1) -> Callable[[], None]:
+        model = Layers(layers_of(0, 1, plain))
 
-    steps: dict[str, Callable[[], None]] = {"one process": alone}
+        def step() -> None:
+            if rank < ranks:
+                for x in batch_MBLD:
+                    model(x).sum().backward()
+
+        return step
+
+    steps = {ALONE: whole(plain=False), f"torch {ALONE}": whole(plain=True), AT_ONCE: whole(plain=False, ranks=pp)}
     for name in ("1f1b", "zbv", "dualpipe"):
         schedule = SCHEDULES[name](pp, MICROBATCHES)
         stages = {s: LayersStage(s, schedule.num_stages, batch_MBLD) for s in schedule.stages_of(rank)}
         steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
-    batch = batch_MBLD.flatten(0, 1).detach().requires_grad_()
+    batch = batch_MBLD.flatten(0, 1).requires_grad_()
     for name in ("torch 1F1B", "torch ZBVZeroBubble", "torch DualPipeV"):
         steps[name] = torch_step(name, rank, pp, MICROBATCHES, _plain_layers, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -150,19 +157,21 @@ def _plain_layers(stage: int, num_stages: int) -> nn.Module:
 def computing(turns: int, console: Console) -> list[dict[str, Any]]:
     """Tokens a second of each schedule over twice those of one process, by turn; the median and the quartiles."""
     ranks = run_ranks(RANKS, computing_rank, turns, timeout=600)
-    alone = ranks[0].pop("one process")
     tokens = MICROBATCHES * PER_MICROBATCH * LENGTH
-    one_process = tokens / statistics.median(alone)
-    title = f"{RANKS} ranks, {LAYERS} layers each, against {RANKS} x one process's {one_process:.0f} tokens/s"
+    title = f"{RANKS} ranks, {LAYERS} layers each, against {RANKS} x one process"
     table = Table("schedule", "tokens/s", "of twice one process", "quartiles", title=title)
     rows = []
     for name in ranks[0]:
         seconds = [max(rank[name][turn] for rank in ranks) for turn in range(turns)]
-        middle, low, high = quartiles([share / RANKS for share in ratios(alone, seconds)])
-        rows.append(
-            {"schedule": name, "tokens_per_second": tokens / statistics.median(seconds), "share": [low, middle, high]}
-        )
-        table.add_row(name, f"{rows[-1]['tokens_per_second']:.0f}", f"{middle:.1%}", f"{low:.1%} to {high:.1%}")
+        if name.endswith(ALONE):
+            table.add_row(name, f"{tokens / statistics.median(seconds):.0f}", "", "")
+            continue
+        alone = ranks[0][f"torch {ALONE}" if name.startswith("torch") else ALONE]
+        batches = RANKS if name == AT_ONCE else 1
+        middle, low, high = quartiles([batches * share / RANKS for share in ratios(alone, seconds)])
+        per_second = batches * tokens / statistics.median(seconds)
+        rows.append({"schedule": name, "tokens_per_second": per_second, "share": [low, middle, high]})
+        table.add_row(name, f"{per_second:.0f}", f"{middle:.1%}", f"{low:.1%} to {high:.1%}")
     console.print(table)
     return rows
 
