@@ -84,9 +84,12 @@ class ReferenceGemm:
     def grouped_by_rows(
         self, a_RK: Quantized, b_ENK: Quantized, num_tokens_per_expert_E: Tensor, dtype: torch.dtype
     ) -> Tensor:
+        sizes = num_tokens_per_expert_E.tolist()
+        if sum(sizes) != len(a_RK.q):
+            raise ValueError(f"num_tokens_per_expert_E={sizes} sums to {sum(sizes)}, but there are {len(a_RK.q)} rows")
         d_RN = a_RK.q.new_empty(a_RK.q.shape[0], b_ENK.q.shape[1], dtype=dtype)
         start = 0
-        for e, size in enumerate(num_tokens_per_expert_E.tolist()):
+        for e, size in enumerate(sizes):
             if size:
                 a = rows_of(a_RK, start, start + size)
                 d_RN[start : start + size] = self._product(a, Quantized(b_ENK.q[e], b_ENK.sf[e]))

@@ -147,7 +147,10 @@ def dequantize(x: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, cols = x.q.shape[-2:]
     if x.q.dim() == 2 and len(_pieces(x.q)) > 1:
         step = _rows_at_once(cols)
-        return torch.cat([dequantize(rows_of(x, i, i + step), dtype) for i in range(0, rows, step)])
+        result = x.q.new_empty(x.q.shape, dtype=dtype)  # filled piece by piece: `cat` would hold every value twice
+        for i in range(0, rows, step):
+            result[i : i + step] = dequantize(rows_of(x, i, i + step), dtype)
+        return result
     values, sf = e4m3_to_float(x.q), x.sf
     if sf.shape[-2] not in (1, rows):
         sf = sf.repeat_interleave(TILE, dim=-2)[..., :rows, :]
@@ -259,9 +262,10 @@ def dequantize_e5m6(x: E5M6, cols: int, dtype: torch.dtype = torch.float32) -> T
     """The inverse of `cast_e5m6`; `cols` is K."""
     if len(parts := _pieces(x.packed)) > 1:
         sizes = [len(part) for part in parts]
-        return torch.cat(
-            [dequantize_e5m6(E5M6(*part), cols, dtype) for part in zip(parts, x.sf.split(sizes), strict=True)]
-        )
+        result = x.packed.new_empty(*x.packed.shape[:-1], cols, dtype=dtype)
+        for into, packed, sf in zip(result.split(sizes), parts, x.sf.split(sizes), strict=True):
+            into.copy_(dequantize_e5m6(E5M6(packed, sf), cols, dtype))
+        return result
     low, middle, high = x.packed.unflatten(-1, (-1, 3)).int().unbind(-1)
     codes = torch.stack([low | ((middle & 0xF) << 8), (middle >> 4) | (high << 4)], dim=-1).flatten(-2)[..., :cols]
     values = (codes << 4).to(torch.int16).view(torch.float16).float()

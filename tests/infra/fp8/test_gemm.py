@@ -149,6 +149,13 @@ def test_grouped(backend: str, counts: Tensor) -> None:
         assert (dw[e] - expected).norm() <= 5e-3 * expected.norm()
 
 
+@pytest.mark.parametrize("counts", [[3, 4], [3, 6]])
+def test_counts_that_are_not_those_of_the_rows_are_refused(counts: list[int]) -> None:
+    a, b = tile_cast(normal(8, 200)), block_cast(normal(2, 144, 200, seed=2))
+    with pytest.raises(ValueError, match=rf"sums to {sum(counts)}, but there are 8 rows"):
+        ReferenceGemm(RECIPES["deepseek_v3"]).grouped_by_rows(a, b, torch.tensor(counts), torch.bfloat16)
+
+
 def test_what_per_tensor_scales_cost() -> None:
     """One outlier takes the small values of the whole tensor; tiles lose only the outlier's own tile."""
     x, weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), normal(64, 512, seed=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from infra.fp8 import quantize as qz
 from infra.fp8.quantize import Quantized, block_cast, cast, dequantize, tile_cast, transpose_cast
 from infra.fp8.recipe import WHOLE_TENSOR
+from infra.live_bytes import LiveBytes
 
 E4M3_VALUES = sorted(
     {(m / 8 if e == 0 else 1 + m / 8) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)} - {480.0}
@@ -259,3 +260,14 @@ def test_casts_of_large_tensors_go_in_pieces(shape, monkeypatch):
         once = tile_cast(x)
         for a, b in zip(transpose_cast(once, counts), transpose_cast(dequantize(once), counts), strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), "FP8 is taken as its values"
+
+
+@pytest.mark.parametrize("of", ["tiles", "blocks", "e5m6"])
+def test_dequantising_holds_the_result_and_a_few_pieces_beside_it(of: str) -> None:
+    x = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+    some = {"tiles": tile_cast, "blocks": block_cast, "e5m6": qz.cast_e5m6}[of](x)
+    live = LiveBytes()
+    with live.counting():
+        back = qz.dequantize_e5m6(some, 1024) if of == "e5m6" else dequantize(some)
+    assert back.nbytes == x.nbytes == 16 * 4 * qz.PIECE
+    assert live.peak < back.nbytes + 8 * 4 * qz.PIECE
