@@ -68,6 +68,8 @@ def layers_of(stage: int, num_stages: int, plain: bool) -> list[Block]:
                     setattr(module, name, nn.Linear(in_features, out_features, bias=False))
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
+            if not plain:
+                parameter.main_grad = torch.zeros_like(parameter)  # as every parameter here has
     return blocks
 
 
@@ -126,8 +128,8 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
 
         def step() -> None:
             if rank < ranks:
-                for x in batch_MBLD:
-                    model(x).sum().backward()
+                for x in batch_MBLD:  # the pipelines compute the gradient of the first input too
+                    model(x.requires_grad_()).sum().backward()
 
         return step
 
@@ -136,7 +138,7 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
         schedule = SCHEDULES[name](pp, MICROBATCHES)
         stages = {s: LayersStage(s, schedule.num_stages, batch_MBLD) for s in schedule.stages_of(rank)}
         steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
-    batch = batch_MBLD.flatten(0, 1).requires_grad_()
+    batch = batch_MBLD.flatten(0, 1).detach().requires_grad_()
     for name in ("torch 1F1B", "torch ZBVZeroBubble", "torch DualPipeV"):
         steps[name] = torch_step(name, rank, pp, MICROBATCHES, _plain_layers, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -107,21 +107,21 @@ def measure_rank(rounds: int, kinds: list[str]) -> dict[str, Any]:
 
 def cluster_part(shares: list[float], rounds: int, console: Console) -> list[dict[str, Any]]:
     free = on_cluster(__file__, 2, 1, FREE, [2, "pairs in turn"])["pairs in turn"]
-    comm, copying, compute = (statistics.median(free[name]) for name in ("comm", "travel", "computing"))
+    comm, travel, compute = (statistics.median(free[name]) for name in ("comm", "travel", "computing"))
     console.print(f"computing {compute:.2f} s a step; all-to-alls over links as good as none {comm:.2f} s,")
-    console.print(f"of which {copying:.2f} s of travel, the rest waiting until both ranks take part")
+    console.print(f"of which {travel:.2f} s of travel, the rest waiting until both ranks take part")
     table = Table(title=f"2 ranks, ep 2, {MODEL.num_hidden_layers} MoE layer, {MICROBATCHES} microbatches")
     for column in ("travel / compute", "waiting", "links", "in turn", "overlapped", "overlapped / in turn", "hidden"):
         table.add_column(column, justify="right")
     rows = []
     for share in shares:
-        if share * compute <= copying:
+        if share * compute <= travel:
             console.print(f"all-to-alls travel for more than {share:.0%} of computing over any link")
             continue
         at_once = (
             4 * MODEL.num_hidden_layers * MICROBATCHES * BUCKET_BYTES[0]
         )  # an idle link lets a bucket of bytes through
-        rate = (free["bytes"] - at_once) * 8 / (share * compute - copying)
+        rate = (free["bytes"] - at_once) * 8 / (share * compute - travel)
         results = on_cluster(__file__, 2, 1, rate, [rounds, "pairs in turn", "pairs overlapped"])
         before, after = results["pairs in turn"], results["pairs overlapped"]
         took, got = (statistics.median(ratios(before[name], before["computing"])) for name in ("comm", "travel"))

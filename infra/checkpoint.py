@@ -20,7 +20,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +112,10 @@ def save(
 def save_one_by_one(
     root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], meta: Mapping[str, Any], max_bytes: int = 5 * 10**9
 ) -> Path:
-    """Like `save`, on one rank, of tensors that need not fit into memory together: a file for every `max_bytes`."""
+    """Like `save`, on one rank, of tensors that need not fit into memory together: a file for every `max_bytes`.
+
+    Raises OSError where it cannot write, and whatever making a tensor raises; an older `root/step_<step>` is untouched.
+    """
     target, beside = root / f"step_{step}", root / f".step_{step}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     held: dict[str, Tensor] = {}
@@ -127,8 +130,12 @@ def save_one_by_one(
             num_bytes += tensor.nbytes
         _write_file(beside, num_files, held)
         _publish(beside, target, num_files + 1, dict(meta, step=step))
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            root.rmdir()  # where it holds nothing else
+        if isinstance(error, OSError):
+            raise _named(error, target) from None
         raise
     return target
 

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, suppress
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -72,7 +72,8 @@ def _warning_line(
 def _tell_torchrun(line: str) -> None:
     """Lets torchrun's own report, which is long and comes last, end in the reason."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+        with suppress(OSError):  # a full disk may be what there is to tell
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def _give_way() -> None:

@@ -182,7 +182,7 @@ cd {shlex.quote(str(code.resolve()))}
 export PYTHONPATH=$PWD
 export OMP_NUM_THREADS={1 if config.gpus else config.cpus_per_rank}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${{hosts%%$'\n'*}}  # no `| head`: it ends the pipe early, and pipefail takes that for a failure
+MASTER_ADDR=${{hosts%%$'\\n'*}}  # no `| head`: it ends the pipe early, and pipefail takes that for a failure
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 exec srun --kill-on-bad-exit=1 {shlex.quote(config.python)} {command}

@@ -1,7 +1,6 @@
 """One rank's lowered program, tied together: every action knows what it reads, and who reads its result.
 
-Tied once, so that a step looks nothing up. After a computation, whatever runs between it and the next has left the
-processor's caches, and a look-up by an action then takes tens of microseconds.
+Tied once, so that a step looks nothing up: what it has to do between two computations is in plain sight here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.pipeline.actions import Action, Op, Program, Schedule, depends_on
+from parallel.pipeline.actions import Action, Op, Program, Schedule, carried_by, channel_of, depends_on
 from parallel.pipeline.p2p import Spec
 
 
@@ -51,28 +50,28 @@ class Tied(NamedTuple):
 def tie(schedule: Schedule, lowered: Program, stages: Mapping[int, Any], inputs: Mapping[int, Spec]) -> Tied:
     """stages: this rank's PipelineStages, by index. inputs: what arrives for each of them from the stage before."""
     tasks = {a: Task(a, stages[a.stage]) for slot in lowered for a in slot if a.op <= Op.W}
-    receives: list[Receive] = []
-    slot_of_receives: list[int] = []
-    channels: dict[int, list[Task]] = defaultdict(list)
-    for index, slot in enumerate(lowered):
-        for stage, op, mb in slot:
-            if op <= Op.W:
-                continue
-            of_forward = op in (Op.SEND_F, Op.RECV_F)
-            task = tasks[Action(stage, Op.F, mb) if of_forward else schedule.backward_of(stage, mb)]
-            peer = schedule.rank_of(stage + (1 if op in (Op.SEND_F, Op.RECV_B) else -1), mb)
-            if op in (Op.SEND_F, Op.SEND_B):
-                task.dst = peer
-                channels[peer].append(task)
-            else:
-                receives.append(Receive(task, peer, inputs[stage] if of_forward else stages[stage].output))
-                slot_of_receives.append(index)
+    reading: dict[Action, Task] = {}
     for action, task in tasks.items():
         source = next((d for d in depends_on(action, schedule) if d.stage != action.stage), None)
         if source in tasks:
             tasks[source].reader = task
-        else:
-            task.source = source
+        elif source is not None:
+            task.source, reading[source] = source, task
+    receives: list[Receive] = []
+    slot_of_receives: list[int] = []
+    channels: dict[int, list[Task]] = defaultdict(list)
+    for index, slot in enumerate(lowered):
+        for message in slot:
+            if message.op <= Op.W:
+                continue
+            made, (src, dst) = carried_by(message, schedule), channel_of(message, schedule)
+            if message.op in (Op.SEND_F, Op.SEND_B):
+                tasks[made].dst = dst
+                channels[dst].append(tasks[made])
+            else:
+                spec = inputs[message.stage] if message.op is Op.RECV_F else stages[message.stage].output
+                receives.append(Receive(reading[made], src, spec))
+                slot_of_receives.append(index)
     slots = [
         (bisect_left(slot_of_receives, index + 2), tuple(tasks[action] for action in slot))
         for index, slot in enumerate(lowered)

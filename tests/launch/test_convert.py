@@ -116,4 +116,4 @@ def test_another_shape_is_named(tmp_path):
     write_hugging_face(tmp_path / "published", model.config, state.items())
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \(31,\).*\(32,\)"):
         from_hugging_face(tmp_path / "published", tmp_path / "checkpoints")
-    assert not any((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "checkpoints").exists()

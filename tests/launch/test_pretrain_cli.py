@@ -59,6 +59,8 @@ def run_alone(*arguments: str) -> subprocess.CompletedProcess:
         process.join(timeout=100)
         if process.exitcode is None:
             process.kill()
+            process.join()
+            raise TimeoutError(f"{words} did not end")
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(words, process.exitcode, out.read(), err.read())
