@@ -177,15 +177,15 @@ def report(by_outlier: Rows, sums: Rows, runs: Path, file: Path) -> None:
         ],
     )
     lines += ["Sums of K products: error in norm, and the largest over the root mean square of the result."]
+    cells = {(r["operands"], r["K"], r["sum"]): f"{r['norm']:.3%}, {r['largest']:.3%}" for r in sums}
     lines += table(
         ["operands", "K", *SUMS, CASTS],
         [
-            [operands, str(K)]
-            + [f"{r['norm']:.3%}, {r['largest']:.3%}" for r in sums if (r["operands"], r["K"]) == (operands, K)]
+            [operands, str(K), *(cells.get((operands, K, name), "") for name in (*SUMS, CASTS))]
             for operands, K in dict.fromkeys((row["operands"], row["K"]) for row in sums)
         ],
     )
-    lines += [f"![gradient against s, training, sums against K]({picture.name})", ""]
+    lines += [f"![gradient against s, sums against K]({picture.name})", ""]
     beside = file.with_suffix(".partial")
     beside.write_text("\n".join(lines))
     beside.replace(file)
