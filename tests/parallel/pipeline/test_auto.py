@@ -139,6 +139,9 @@ def test_two_arguments_are_enough():
 def test_a_limit_that_nothing_keeps_names_the_least(limit):
     with pytest.raises(ValueError, match=r"memory_limit = .*: .*the least is 1$"):
         auto(4, 8, Costs(), limit)
+
+
+def test_every_shape_keeps_the_least_limit():
     for shape in ("loop", "v", "bidirectional"):
         assert time_and_memory(auto(4, 8, Costs(), 1, shape), Costs())[1] == 1
 
