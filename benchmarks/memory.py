@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import lower
 from parallel.pipeline.stage import BatchScale
+from parallel.pipeline.tasks import Task
 from parallel.plan.layout import Layout
 from parallel.plan.memory import MemoryModel
 from parallel.plan.step import StepModel
@@ -146,8 +147,8 @@ class Rank:
 
     def in_buffers(self) -> int:
         """Bytes that wait to be sent, to be received, or for a reader on this rank."""
-        executor = self.executor
-        tensors = [tensor for tensor, _ in executor._arriving.values()] + list(executor._values.values())
+        tasks = [task for _, slot in self.executor._tied.slots for task in slot]
+        tensors = [t for task in tasks for t in (task.x, task.result) if t is not None]
         tensors += [tensor for sends in self._p2p._sending.values() for _, tensor in sends]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -160,13 +161,17 @@ def measure(rank: int, world: int, words: dict[str, Any], setting: Setting) -> d
     live = LiveBytes()
     with lane_counted(live), live.counting():
         this.step()  # what a first step makes once and for all
-        held, run, began = [0], this.executor._run, live.now
+        held, began = [0], live.now
 
-        def watched(slot: Any) -> None:
-            run(slot)
-            held.append(live.now - began - this.in_buffers())
+        def watched(run: Callable[..., None]) -> Callable[..., None]:
+            def then_count(*tasks: Task) -> None:
+                run(*tasks)
+                held.append(live.now - began - this.in_buffers())
 
-        this.executor._run = watched  # type: ignore[method-assign]
+            return then_count
+
+        this.executor._run_alone = watched(this.executor._run_alone)  # type: ignore[method-assign]
+        this.executor._run_pair = watched(this.executor._run_pair)  # type: ignore[method-assign]
         live.restart_peak()
         this.step()
     assert held[-1] < 1e5, f"{held[-1]} bytes are left after the step"
