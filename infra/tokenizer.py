@@ -101,7 +101,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"cannot read the tokenizer {path} ({error}); give `byte` or a `tokenizers` JSON file"
+            f"cannot read the tokenizer {path} ({error}); give tokenizer=byte or a `tokenizers` JSON file"
         ) from None
     return tokenizer_from_json(text, str(path))
 

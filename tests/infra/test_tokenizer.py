@@ -62,7 +62,7 @@ def test_names_of_other_published_tokenizers_are_known() -> None:
 
 
 def test_wrong_tokenizers_are_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*nowhere.json .* give `byte` or"):
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*nowhere.json .* give tokenizer=byte or"):
         load_tokenizer(tmp_path / "nowhere.json")
     (tmp_path / "t.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"t.json is not a tokenizer"):
