@@ -71,7 +71,7 @@ class Executor:
         self.schedule, self.rank, self.stages = schedule, rank, stages
         self._p2p, self._overlap = p2p, overlap
         inputs = p2p.negotiate(schedule, {index: stage.output for index, stage in stages.items()})
-        self._tied = tie(schedule, lowered, stages, inputs)
+        self._tied = tie(schedule, lowered, stages, inputs, p2p.ahead)
         self._unsent: dict[int, deque[Task]] = {}  # what is left of the channels in this step
         self._posted = 0  # how many receives are posted
         self._num_computed = 0
@@ -87,8 +87,8 @@ class Executor:
         self._clock.begin()
         self._unsent = {dst: deque(makers) for dst, makers in self._tied.channels.items()}
         try:
-            for due, slot in self._tied.slots:
-                self._post_receives(due)
+            for posted, slot in self._tied.slots:
+                self._post_receives(posted)
                 if len(slot) == 2 and self._overlap:
                     self._run_pair(*slot)
                 else:
@@ -200,13 +200,11 @@ class Executor:
                 unsent.popleft().result = None
                 self._p2p.send(result, task.dst)
 
-    def _post_receives(self, due: int) -> None:
-        """Posts the first `due` receives - and where one is missing, the next few with it."""
-        if self._posted < due:
-            batch = self._tied.receives[self._posted : max(due, self._posted + self._p2p.ahead)]
-            for reader, src, spec in batch:
-                reader.x, reader.arrival = self._p2p.receive(src, spec)
-            self._posted += len(batch)
+    def _post_receives(self, until: int) -> None:
+        """Posts those of the first `until` receives that are not posted yet."""
+        for reader, src, spec in self._tied.receives[self._posted : until]:
+            reader.x, reader.arrival = self._p2p.receive(src, spec)
+        self._posted = until
 
 
 class _Marks(NamedTuple):

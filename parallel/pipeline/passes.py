@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from bisect import bisect_left
 from collections import deque
 from itertools import chain, pairwise
 
@@ -42,6 +43,7 @@ __all__ = [
     "in_turn",
     "lower",
     "pair_up",
+    "posted_receives",
     "to_csv",
     "validate",
 ]
@@ -102,6 +104,21 @@ def _merge(
     merged = [next(batches) if one else next(slots) for one in is_message[begins].tolist()]
     ends = np.searchsorted(rank_I[begins], np.arange(len(programs) + 1)).tolist()
     return [merged[first:end] for first, end in pairwise(ends)]
+
+
+def posted_receives(program: Program, ahead: int) -> list[int]:
+    """How many receives of a lowered program are posted before each slot that computes: its own and those that stand
+    before the next such slot - and where one of these is missing, at least `ahead` with it."""
+    slot_of_receives = [index for index, slot in enumerate(program) for a in slot if a.op in (Op.RECV_F, Op.RECV_B)]
+    posted, found = 0, []
+    for index, slot in enumerate(program):
+        if slot[0].op > Op.W:
+            continue
+        due = bisect_left(slot_of_receives, index + 2)
+        if posted < due:
+            posted = min(max(due, posted + ahead), len(slot_of_receives))
+        found.append(posted)
+    return found
 
 
 def forward_only(schedule: Schedule) -> Schedule:

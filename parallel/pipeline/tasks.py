@@ -5,7 +5,6 @@ Tied once, so that a step looks nothing up: what it has to do between two comput
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from parallel.pipeline.actions import Action, Op, Program, Schedule, carried_by, channel_of, depends_on
 from parallel.pipeline.p2p import Spec
+from parallel.pipeline.passes import posted_receives
 
 
 @dataclass(eq=False, slots=True)
@@ -39,16 +39,19 @@ class Receive(NamedTuple):
 
 
 class Tied(NamedTuple):
-    """slots: those that compute, each with how many of `receives` are to be posted before it: a slot's own, and those
-    that stand before the next in the lowered program. channels: by rank, whose results go there, in lowered order."""
+    """slots: those that compute, each with how many of `receives` are posted before it (`posted_receives`).
+    channels: by rank, whose results go there, in lowered order."""
 
     slots: list[tuple[int, tuple[Task, ...]]]
     receives: list[Receive]
     channels: dict[int, list[Task]]
 
 
-def tie(schedule: Schedule, lowered: Program, stages: Mapping[int, Any], inputs: Mapping[int, Spec]) -> Tied:
-    """stages: this rank's PipelineStages, by index. inputs: what arrives for each of them from the stage before."""
+def tie(
+    schedule: Schedule, lowered: Program, stages: Mapping[int, Any], inputs: Mapping[int, Spec], ahead: int
+) -> Tied:
+    """stages: this rank's PipelineStages, by index. inputs: what arrives for each of them from the stage before.
+    ahead: receives that are posted at once."""
     tasks = {a: Task(a, stages[a.stage]) for slot in lowered for a in slot if a.op <= Op.W}
     reading: dict[Action, Task] = {}
     for action, task in tasks.items():
@@ -58,9 +61,8 @@ def tie(schedule: Schedule, lowered: Program, stages: Mapping[int, Any], inputs:
         elif source is not None:
             task.source, reading[source] = source, task
     receives: list[Receive] = []
-    slot_of_receives: list[int] = []
     channels: dict[int, list[Task]] = defaultdict(list)
-    for index, slot in enumerate(lowered):
+    for slot in lowered:
         for message in slot:
             if message.op <= Op.W:
                 continue
@@ -71,10 +73,5 @@ def tie(schedule: Schedule, lowered: Program, stages: Mapping[int, Any], inputs:
             else:
                 spec = inputs[message.stage] if message.op is Op.RECV_F else stages[message.stage].output
                 receives.append(Receive(reading[made], src, spec))
-                slot_of_receives.append(index)
-    slots = [
-        (bisect_left(slot_of_receives, index + 2), tuple(tasks[action] for action in slot))
-        for index, slot in enumerate(lowered)
-        if slot[0].op <= Op.W
-    ]
-    return Tied(slots, receives, channels)
+    slots = [tuple(tasks[action] for action in slot) for slot in lowered if slot[0].op <= Op.W]
+    return Tied(list(zip(posted_receives(lowered, ahead), slots, strict=True)), receives, channels)

@@ -25,7 +25,7 @@ import numpy as np
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
 from parallel.pipeline.actions import Op, Schedule
-from parallel.pipeline.passes import lower
+from parallel.pipeline.passes import lower, posted_receives
 from parallel.plan.layout import Layout
 
 # What shapes a layer; the rest of a model's config says how many there are, or how it is trained.
@@ -94,14 +94,12 @@ def in_flight(schedule: Schedule, rank: int, ahead: int, window: int) -> np.ndar
     """Tensors between stages that a rank holds in each of its actions: receives posted `ahead`, in the order and at the
     slots in which the executor posts them, and the last `window` sent to each neighbour."""
     program = lower(schedule).programs[rank]
-    due = [index for index, slot in enumerate(program) for a in slot if a.op in (Op.RECV_F, Op.RECV_B)]
-    posted = read = 0
+    slots = [slot for slot in program if slot[0].op <= Op.W]
+    read = 0
     sent: dict[int, int] = {}
     held = []
-    for index, slot in enumerate(program):
-        if posted < len(due) and due[posted] < index + 2:
-            posted += min(ahead, len(due) - posted)
-        for stage, op, mb in (action for action in slot if action.op <= Op.W):
+    for posted, slot in zip(posted_receives(program, ahead), slots, strict=True):
+        for stage, op, mb in slot:
             if op is not Op.W:
                 step = 1 if op is Op.F else -1
                 source, reader = stage - step, stage + step

@@ -23,6 +23,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from parallel.pipeline.actions import Op, Schedule
+from parallel.pipeline.passes import PAIRABLE
 from parallel.plan.cost import SCALED
 from parallel.plan.counts import StateBytes, state_bytes
 from parallel.plan.layout import RECOMPUTES, Layout
@@ -302,6 +303,7 @@ def smallest_change(memory: MemoryModel, layout: Layout, global_batch_size: int)
     limit = 1e9 * memory.step.cluster.memory_gb
     later = RECOMPUTES[RECOMPUTES.index(layout.recompute) + 1 :]
     changes = [{"zero_stage": 1}, *({"recompute": r} for r in later), {"precision": "fp8"}]
+    changes += [{"overlap": False}] * (layout.pairs and layout.schedule in PAIRABLE)  # pairs hold more microbatches
     changes += [{"microbatch_size": b} for b in (4, 2, 1) if b < layout.microbatch_size]
     changes += [{"zero_stage": 1, "recompute": r} for r in later]
     for change in changes:

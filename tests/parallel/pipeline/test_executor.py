@@ -11,21 +11,24 @@ import weakref
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from model.linear import Linear
+from parallel.pipeline.actions import Op, depends_on
 from parallel.pipeline.auto import auto
 from parallel.pipeline.executor import Executor, PipelineError
 from parallel.pipeline.p2p import P2P, Spec
-from parallel.pipeline.passes import lower
+from parallel.pipeline.passes import lower, pair_up
 from parallel.pipeline.phases import Compute
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.synthetic import SyntheticStage
 from parallel.pipeline.weight_grad import WeightGrads
+from parallel.plan.measured import in_flight
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -56,6 +59,65 @@ class Counting(SyntheticStage):
 
     def weight_grad(self, mb):
         self.live.append(self.live[-1] - 1)
+
+
+class Posted(SyntheticStage):
+    """Takes no time, and notes how many receives of its rank are posted when each action runs."""
+
+    def __init__(self, index, p2p, noted):
+        super().__init__(0, 0, 0, SPEC, CPU, lambda seconds: None)
+        self.index, self.p2p, self.noted = index, p2p, noted
+
+    def forward(self, mb, x):
+        self.noted[self.index, True, mb] = self.p2p.posted
+        return super().forward(mb, x)
+
+    def backward(self, mb, grad, split):
+        self.noted[self.index, False, mb] = self.p2p.posted
+        return super().backward(mb, grad, split)
+
+
+class CountingP2P(P2P):
+    posted = 0
+
+    def receive(self, src, spec):
+        self.posted += 1
+        return super().receive(src, spec)
+
+
+def posted_in_steps(rank, world, cases):
+    groups = (dist.new_group(), dist.new_group())
+    result = []
+    for schedule, ahead in cases:
+        p2p, noted = CountingP2P(range(world), rank, *groups, CPU), {}
+        p2p.ahead = ahead
+        stages = {s: Posted(s, p2p, noted) for s in schedule.stages_of(rank)}
+        Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p).step()
+        result.append(noted)
+    return result
+
+
+def test_the_planner_counts_the_receives_that_are_posted():
+    """Those under way, by `in_flight`, and those that have been read."""
+    cases = [
+        (schedule, ahead)
+        for schedule in (SCHEDULES["1f1b"](4, 8), SCHEDULES["dualpipev"](4, 10), pair_up(SCHEDULES["zbv"](4, 8)))
+        for ahead in (1, 8)
+    ]
+    at_once = []
+    for rank, found in enumerate(run_ranks(4, posted_in_steps, cases)):
+        for (schedule, ahead), noted in zip(cases, found, strict=True):
+            under_way = in_flight(schedule, rank, ahead, window=0).tolist()
+            actions, read, expected = [a for slot in schedule.programs[rank] for a in slot], 0, {}
+            for action, count in zip(actions, under_way, strict=True):
+                if action.op is Op.W:
+                    continue
+                sources = [s for s in depends_on(action, schedule) if s.stage != action.stage]
+                read += any(schedule.rank_of(s.stage, s.mb) != rank for s in sources)
+                expected[action.stage, action.op is Op.F, action.mb] = count + read
+            assert noted == expected
+            at_once.append(max(np.diff([0, *dict.fromkeys(expected.values())]), default=0))
+    assert max(at_once) >= 8
 
 
 def run_every(rank, world, shapes):

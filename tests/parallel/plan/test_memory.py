@@ -103,6 +103,12 @@ def test_the_smallest_change_makes_it_fit(memory: MemoryModel) -> None:
         assert found is not None
         assert found[1].total <= 80e9
         assert found[0].differs(replace(V3, **words))
+    pairs = replace(V3, schedule="zbv", recompute="full", overlap=True)  # which hold more microbatches than zbv alone
+    with_less = replace(memory.step.cluster, memory_gb=memory.fullest(replace(pairs, overlap=False), BATCH).total / 1e9)
+    tight = MemoryModel(replace(memory.step, cluster=with_less))
+    found = smallest_change(tight, pairs, BATCH)
+    assert found is not None
+    assert found[0].differs(pairs) == {"overlap": (False, True)}
     assert smallest_change(memory, replace(V3, ep=1, dispatcher="local"), BATCH) is None
 
 
