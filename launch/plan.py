@@ -154,14 +154,13 @@ def planner_of(config: PlanConfig) -> Planner:
 def bill_of(config: PlanConfig, planner: Planner, row: Row) -> Goodput:
     """The whole run with this layout."""
     layout, train = row.layout, config.train
-    unit = layout.dp * layout.microbatch_size * (2 if layout.schedule == "dualpipe" else 1)
 
     def seconds(size: int) -> float:
         return planner.step.simulate(layout, size).total
 
     hours = work_hours(
         train.tokens, config.data.sequence_length, train.global_batch_size, seconds, train.ramp_from,
-        train.ramp_tokens, multiple_of=unit,
+        train.ramp_tokens, multiple_of=layout.least_batch,
     )  # fmt: skip
     per_param = 4 + 2 * {"fp32": 4, "bf16": 2}[config.moments]
     return goodput(config.cluster, layout.world, hours, per_param * config.model.num_params())

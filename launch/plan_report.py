@@ -49,12 +49,16 @@ def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
     }
 
 
+EVAL_SAMPLES = 64  # of conf/pretrain.yaml
+
+
 def line_of(config: PlanConfig, model: str, layout: Layout) -> str:
-    """The overrides of launch/pretrain.py that run this layout."""
-    batch, length = config.train.global_batch_size, config.data.sequence_length
-    return " ".join(
-        [f"model={model}", *layout.words(), f"train.global_batch_size={batch}", f"data.sequence_length={length}"]
-    )
+    """The overrides of launch/pretrain.py that run this layout; `EVAL_SAMPLES` that are no batch of it are raised."""
+    batch, length, least = config.train.global_batch_size, config.data.sequence_length, layout.least_batch
+    words = [f"model={model}", *layout.words(), f"train.global_batch_size={batch}", f"data.sequence_length={length}"]
+    if EVAL_SAMPLES % least:
+        words.append(f"train.eval_samples={-(-EVAL_SAMPLES // least) * least}")
+    return " ".join(words)
 
 
 def beside_of(config: PlanConfig, planner: Planner, winner: Row) -> Row | None:

@@ -32,9 +32,11 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf.schema import Config, register
+from launch.batches import check_batches
 from launch.errors import one_line_errors
 from launch.files import save
-from parallel.plan.layout import Layout, illegal
+from parallel.mesh import MeshConfig
+from parallel.pipeline.split import split_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEXT = ("line=", "plan=", "run.dir=", "name=", "time=", "python=")
@@ -104,20 +106,22 @@ def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
 
 
 def checked_words(config: SlurmConfig, words: list[str], world: int) -> list[str]:
-    """The words with run.dir. Raises what launch/pretrain.py would refuse on `world` ranks, now rather than when the
-    job starts."""
+    """The words with run.dir. Raises what launch/pretrain.py would refuse on `world` ranks - mesh, experts, batches,
+    stages - now rather than when the job starts."""
     words = [word for word in words if not word.startswith("run.dir=")]
     words.append(f"run.dir={Path(config.run.dir).resolve()}")
     register()
     with initialize_config_module("conf", version_base="1.3"):
         run = cast(Config, OmegaConf.to_object(compose("pretrain", words)))
     parallel, train = run.parallel, run.train
-    layout = Layout(
-        world, parallel.ranks_per_node, parallel.pp, parallel.ep, parallel.schedule, parallel.dispatcher,
-        microbatch_size=train.microbatch_size,
-    )  # fmt: skip
-    if why := illegal(run.model, layout, train.global_batch_size):
-        raise ValueError(f"{why} (on {world} ranks)")
+    try:
+        mesh = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world)
+        mesh.check_experts(run.model.n_routed_experts, run.model.n_group)
+        check_batches(train, parallel.make_schedule, mesh.dp)
+        schedule = parallel.make_schedule(train.global_batch_size // (mesh.dp * train.microbatch_size))
+        split_layers(run.model, schedule.num_stages, parallel.layers_per_stage)
+    except ValueError as error:
+        raise ValueError(f"{error} (on {world} ranks)") from None
     return words
 
 

@@ -10,7 +10,6 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conf.schema import Config, TrainConfig
+from conf.schema import Config
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
 from infra.distributed import World, largest
@@ -26,12 +25,12 @@ from infra.ema import Ema
 from infra.optim import Reduction, clip_gradients, discard_gradients, global_grad_norm, update
 from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
+from launch.batches import check_batches
 from model.moe import updated_bias
 from parallel import state
 from parallel.expert.traffic import load_figures
 from parallel.mesh import Group, Mesh, MeshConfig
 from parallel.parallelize import parallelize
-from parallel.pipeline.actions import Schedule
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.measure import bubble_fraction, clock_offset
 from parallel.pipeline.p2p import P2P
@@ -50,7 +49,6 @@ _MAY_CHANGE = {
 }
 
 _FAILED = 2  # a rank could not write its part of a checkpoint; more than its being asked to stop, which is 1
-_MANY = 1 << 10  # microbatches: more than any schedule needs
 
 
 class Trainer:
@@ -66,7 +64,7 @@ class Trainer:
         train, parallel = config.train, config.parallel
         mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
         self._schedule = lru_cache(maxsize=None)(parallel.make_schedule)
-        _check_batches(train, self._schedule, mesh_config.dp)
+        check_batches(train, self._schedule, mesh_config.dp)
         self.mesh = Mesh(mesh_config, world.timeout)
         self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
         self.train_data = self._open("train", config.data.fim_rate)
@@ -352,27 +350,3 @@ def check_same_model(saved: checkpoint.Checkpoint, model: dict) -> None:
                 f"{saved.folder} holds another model: its {key} is {saved.meta['model'].get(key)}, "
                 f"but model.{key}={value}; use another run.dir, or the model of this one"
             )
-
-
-def _check_batches(train: TrainConfig, make_schedule: Callable[[int], Schedule], dp: int) -> None:
-    """Raises ValueError naming the option whose batch does not divide, or is too small for the schedule."""
-    sizes = {"train.global_batch_size": train.global_batch_size, "train.eval_samples": train.eval_samples}
-    if train.batch_ramp.start:
-        sizes["train.batch_ramp.start"] = train.batch_ramp.start
-        sizes["train.batch_ramp.multiple_of"] = train.batch_ramp.multiple_of
-    unit = train.microbatch_size * dp
-    for name, size in sizes.items():
-        if size % unit:
-            raise ValueError(
-                f"{name}={size} does not divide into microbatches of train.microbatch_size={train.microbatch_size} "
-                f"on dp={dp} pipelines: use a multiple of {unit}, such as {max(1, size // unit) * unit}"
-            )
-        if size and not name.endswith("multiple_of"):
-            try:
-                make_schedule(size // unit)
-            except ValueError as error:
-                make_schedule(_MANY)  # a schedule that suits no batch says so by itself
-                raise ValueError(
-                    f"{error} ({name}={size} makes {size // unit} microbatches of train.microbatch_size="
-                    f"{train.microbatch_size} on each of dp={dp} pipelines)"
-                ) from None

@@ -20,6 +20,17 @@ def check_choice(name: str, value: object, choices: object) -> None:
         raise ValueError(f"{name}={value}: expected one of {', '.join(map(str, choices))}")  # type: ignore[call-overload]
 
 
+def check_divides(name: str, size: int, microbatch_size: int, dp: int) -> None:
+    """Raises ValueError with the nearest size unless a batch of `size` sequences, the option `name`, is whole
+    microbatches on each of `dp` pipelines."""
+    unit = microbatch_size * dp
+    if size % unit:
+        raise ValueError(
+            f"{name}={size} does not divide into microbatches of train.microbatch_size={microbatch_size} "
+            f"on dp={dp} pipelines: use a multiple of {unit}, such as {max(1, size // unit) * unit}"
+        )
+
+
 @dataclass
 class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.

@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, check_divides
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import PAIRABLE
@@ -64,6 +64,12 @@ class Layout:
         """The very schedule that a run executes."""
         return schedule_of(self.schedule, self.pp, num_microbatches, self.pairs and self.schedule in PAIRABLE)
 
+    @property
+    def least_batch(self) -> int:
+        """Sequences of the smallest batch that this layout can run; every other is a multiple of those of a microbatch
+        on each pipeline."""
+        return self.dp * self.microbatch_size * (2 if self.schedule == "dualpipe" else 1)
+
     def num_microbatches(self, global_batch_size: int) -> int:
         return global_batch_size // (self.dp * self.microbatch_size)
 
@@ -95,15 +101,9 @@ def illegal(model: ModelConfig, layout: Layout, global_batch_size: int) -> str |
     try:
         layout.mesh.check_experts(model.n_routed_experts, model.n_group)
         ParallelConfig(layout.pp, layout.ep, layout.ranks_per_node, layout.schedule, layout.dispatcher)
+        check_divides("train.global_batch_size", global_batch_size, layout.microbatch_size, layout.dp)
     except ValueError as error:
         return str(error)
-    unit = layout.dp * layout.microbatch_size
-    if global_batch_size % unit:
-        return (
-            f"train.global_batch_size={global_batch_size} does not divide into microbatches of train.microbatch_size="
-            f"{layout.microbatch_size} on dp={layout.dp} pipelines: use a multiple of {unit}, "
-            f"such as {max(1, global_batch_size // unit) * unit}"
-        )
     if layout.num_stages > model.num_hidden_layers:
         return (
             f"{layout.schedule} on parallel.pp={layout.pp} has {layout.num_stages} stages, but the model "

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ from omegaconf import OmegaConf
 
 from conf.schema import register
 from launch import plan as cli
-from launch.plan_report import sparkline
+from launch.batches import check_batches
+from launch.plan_report import EVAL_SAMPLES, line_of, sparkline
+from launch.validate import config_of
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.plan.layout import Layout
 
 Run = Callable[..., tuple[str, str]]
 SMALL = ("model=debug", "cluster=laptop", "train.global_batch_size=16", "data.sequence_length=256", "train.tokens=1e8")
@@ -67,6 +72,20 @@ def test_files_hold_every_row_and_lines_that_pretrain_composes(run: Run, tmp_pat
         assert config.train.global_batch_size == 16  # type: ignore[union-attr]
         composed += 1
     assert composed >= 5
+
+
+def test_a_line_trains_on_the_ranks_of_its_plan() -> None:
+    """Evaluation too, whose batch no word of a layout names."""
+    told = config_of("model=debug", "train.global_batch_size=1152")
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        assert compose("pretrain").train.eval_samples == EVAL_SAMPLES
+        for world, schedule, microbatch_size in product((4, 48), SCHEDULES, (1, 3)):
+            layout = Layout(world, 2, 2, 1, schedule, "local", microbatch_size=microbatch_size)
+            line = line_of(told, "debug", layout)
+            assert ("train.eval_samples=" in line) == bool(EVAL_SAMPLES % layout.least_batch)
+            config = OmegaConf.to_object(compose("pretrain", line.split()))
+            check_batches(config.train, config.parallel.make_schedule, layout.dp)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,12 @@ def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_
     )
 
 
+def test_a_line_that_trains_is_not_refused(run) -> None:
+    """Of pipelines of one rank too, which no plan would search; and a schedule that is searched for."""
+    for schedule in ("zbv", "auto"):
+        assert run(f"line=model=debug parallel.schedule={schedule}", "nodes=1", "run.dir=r")[1] == ""
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -166,6 +172,12 @@ def test_it_is_submitted_once_written(run, monkeypatch: pytest.MonkeyPatch, tmp_
         ([f"line={LINE} parallel.pp=3", "nodes=1"], "pp=3 does not divide world=8"),
         (["line=model=debug parallel.ep=3 parallel.dispatcher=two_hop", "nodes=1"], "ep=3 does not divide dp=8"),
         ([f"line={LINE} train.global_batch_size=9", "nodes=1"], "such as 16 (on 8 ranks)"),
+        (["line=model=debug train.global_batch_size=128", "nodes=4"], "train.eval_samples=64 does not divide"),
+        ([f"line={LINE} train.batch_ramp.start=3", "nodes=1"], "train.batch_ramp.start=3 does not divide"),
+        (
+            ["line=model=debug parallel.pp=8 parallel.schedule=zbv", "nodes=1"],
+            "4 layers (model.num_hidden_layers) cannot fill 16 stages",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_line(run, words: list[str], line: str) -> None:

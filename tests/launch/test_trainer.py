@@ -8,7 +8,8 @@ from infra import lr
 from infra.data import TokenDataset
 from infra.distributed import World
 from infra.lr import BatchRampConfig
-from launch.trainer import Trainer, _check_batches
+from launch.batches import check_batches
+from launch.trainer import Trainer
 from model.moe import updated_bias
 from model.transformer import Transformer, init_model_
 from parallel.config import ParallelConfig
@@ -160,10 +161,10 @@ def test_peak_memory_is_that_of_the_fullest_rank(data):
 
 def test_what_no_batch_can_mend_is_not_laid_to_the_batch():
     with pytest.raises(ValueError, match="even number of ranks") as error:
-        _check_batches(TrainConfig(), ParallelConfig(pp=3, schedule="dualpipe").make_schedule, dp=1)
+        check_batches(TrainConfig(), ParallelConfig(pp=3, schedule="dualpipe").make_schedule, dp=1)
     assert "train." not in str(error.value)
     with pytest.raises(ValueError, match=r"needs a microbatch .* \(train.global_batch_size=1 makes 1"):
-        _check_batches(TrainConfig(global_batch_size=1), ParallelConfig(pp=2, schedule="dualpipe").make_schedule, dp=1)
+        check_batches(TrainConfig(global_batch_size=1), ParallelConfig(pp=2, schedule="dualpipe").make_schedule, dp=1)
 
 
 def _changed(rank, world_size, first, then, folder):
