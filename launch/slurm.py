@@ -93,7 +93,8 @@ class SlurmConfig:
 def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     """(overrides of launch/pretrain.py, ranks where a plan says so)"""
     if config.line is not None:
-        return shlex.split(config.line), None
+        words = shlex.split(config.line)
+        return words[words[:1] == ["launch/pretrain.py"] :], None  # as launch/plan.py prints the line
     try:
         rows = json.loads(Path(str(config.plan)).read_text(encoding="utf-8"))["rows"]
         lines = [(str(row["line"]), int(row["ranks"])) for row in rows]

@@ -37,7 +37,7 @@ def options_of(text: str) -> dict[str, str]:
 
 def test_the_file_holds_the_line_and_bash_reads_it(run, tmp_path: Path) -> None:
     words = ("ranks_per_node=4", "partition=gpu", "sbatch.qos=high", "time=7-00:00:00")
-    printed, refused = run(f"line={LINE} run.dir=elsewhere", "nodes=2", "run.dir=runs/a", *words)
+    printed, refused = run(f"line=launch/pretrain.py {LINE} run.dir=elsewhere", "nodes=2", "run.dir=runs/a", *words)
     assert refused == ""
     assert "2 nodes of 4 ranks" in printed
     path = tmp_path / "runs/a/job.sbatch"
