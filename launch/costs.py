@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from infra.hardware import ClusterConfig
@@ -15,8 +16,8 @@ from parallel.config import check_choice
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs
-from parallel.plan.layout import OVERLAPPING, Layout, illegal
-from parallel.plan.step import StepModel
+from parallel.plan.layout import Layout, illegal
+from parallel.plan.step import StepModel, leaving_seconds, slot_seconds
 
 LAYOUT_WORDS = [one.name for one in fields(Layout) if one.name not in ("pp", "schedule")]
 
@@ -77,11 +78,20 @@ def measured_shape(run: str) -> dict[str, Any]:
     return shape if shape["schedule"] in SCHEDULES else {name: shape[name] for name in ("pp", "num_microbatches")}
 
 
+class Planned(NamedTuple):
+    """costs: seconds by stage, `fb` a mean. slots: those of every slot, exactly. notes: what they rest on."""
+
+    costs: Costs
+    schedule: Schedule
+    slots: tuple[np.ndarray, np.ndarray]
+    notes: list[str]
+
+
 def planned_costs(
     model: ModelConfig, cluster: ClusterConfig, schedule: Schedule, layout: dict[str, Any], sequence_length: int
-) -> tuple[Costs, list[str]]:
-    """(seconds by stage as the planner has them, what they rest on) of a schedule by its name. layout: other words of
-    `parallel.plan.layout.Layout`; all ranks of the cluster where it names no `world`."""
+) -> Planned:
+    """The step of a schedule by its name as the planner has it, in pairs or in turn as the layout runs. layout: other
+    words of `parallel.plan.layout.Layout`; all ranks of the cluster where it names no `world`."""
     for name in layout:
         check_choice("layout: word", name, LAYOUT_WORDS)
     check_choice("parallel.schedule with cluster=", schedule.name, SCHEDULES)
@@ -92,13 +102,19 @@ def planned_costs(
     batch = schedule.num_microbatches * (world // schedule.num_ranks) * chosen.microbatch_size
     if why := illegal(model, chosen, batch):
         raise ValueError(why)
+    if schedule.num_stages != chosen.num_stages:
+        stages = f"{schedule.num_stages} stages on {schedule.num_ranks} ranks"
+        raise ValueError(f"{schedule.name} has {stages}, but the planner knows it with {chosen.num_stages}")
     step = StepModel(model, cluster, sequence_length)
     times = step.stages(chosen)
     f, i, w = (times.single[op].tolist() for op in (Op.F, Op.I, Op.W))
     fb = None
-    if chosen.pairs and schedule.name in OVERLAPPING:
+    if chosen.pairs:
         alone = times.single[Op.F][:, None] + times.single[Op.B]
         fb = float(times.pair[0].sum() / alone.sum()) * sum(f + i + w) / schedule.num_ranks
     send_when = "ready" if fb is None else "slot_end"  # an overlapped pair has both results at its end
     optimizer = sum(step.optimizer(chosen))
-    return Costs(f=f, i=i, w=w, fb=fb, p2p=times.send, optimizer=optimizer, send_when=send_when), step.doubts(chosen)
+    costs = Costs(f=f, i=i, w=w, fb=fb, p2p=times.send, optimizer=optimizer, send_when=send_when)
+    runs, _, _ = step.replayed(chosen, batch)
+    duration_S = slot_seconds(runs, times)
+    return Planned(costs, runs, (duration_S, leaving_seconds(runs, times, duration_S)), step.doubts(chosen))

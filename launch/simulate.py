@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import hydra
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -148,8 +149,9 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     return SCHEDULES[parallel.schedule](*shape)
 
 
-def report_of(config: SimulateConfig, costs: Costs, schedule: Schedule, timeline: Timeline) -> dict[str, Any]:
+def report_of(config: SimulateConfig, found: Step) -> dict[str, Any]:
     """What report.json holds; times in the unit of the costs, lists with one entry a rank."""
+    costs, schedule, timeline = found.costs, found.schedule, found.timeline
     ranks = range(schedule.num_ranks)
     report = {
         "schedule": schedule.name,
@@ -168,7 +170,9 @@ def report_of(config: SimulateConfig, costs: Costs, schedule: Schedule, timeline
         "costs": asdict(costs) | {"p2p_bandwidth": costs.p2p_bandwidth if math.isfinite(costs.p2p_bandwidth) else None},
     }
     if costs.jitter:
-        times = step_time_quantiles(schedule, costs, quantiles=QUANTILES, num_runs=config.num_runs, seed=config.seed)
+        times = step_time_quantiles(
+            schedule, costs, quantiles=QUANTILES, num_runs=config.num_runs, seed=config.seed, slots=found.slots
+        )
         report["step_time_quantiles"] = dict(zip(map(str, QUANTILES), times, strict=True))
     return report
 
@@ -226,16 +230,17 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
 
 
 class Step(NamedTuple):
-    """A simulated step. notes: what its costs rest on."""
+    """A simulated step. notes: what its costs rest on. slots: times of its slots, where costs do not say them."""
 
     costs: Costs
     schedule: Schedule
     timeline: Timeline
     notes: list[str]
+    slots: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def step(config: SimulateConfig, overrides: list[str]) -> Step:
-    costs, notes = costs_of(config.costs, overrides), list[str]()
+    costs, notes, slots = costs_of(config.costs, overrides), list[str](), None
     if config.measure is not None:
         config = as_measured(config, overrides)
         make, pp = partial(schedule_of, config), config.parallel.pp
@@ -243,11 +248,16 @@ def step(config: SimulateConfig, overrides: list[str]) -> Step:
     elif config.cluster is not None:
         schedule = schedule_of(config, costs)
         model = config.model or ModelConfig()
-        planned, notes = planned_costs(model, config.cluster, schedule, config.layout or {}, config.sequence_length)
-        costs = replace(planned, **named(costs, overrides))
+        told = named(costs, overrides)
+        planned, schedule, slots, notes = planned_costs(
+            model, config.cluster, schedule, config.layout or {}, config.sequence_length
+        )
+        costs = replace(planned, **told)
+        if {"f", "i", "w", "fb", "send_when"} & set(told):  # then slots are as told
+            slots = None
     else:
         schedule = schedule_of(config, costs)
-    return Step(costs, schedule, simulate(schedule, costs, seed=config.seed), notes)
+    return Step(costs, schedule, simulate(schedule, costs, seed=config.seed, slots=slots), notes, slots)
 
 
 def as_measured(config: SimulateConfig, overrides: list[str]) -> SimulateConfig:
@@ -290,14 +300,15 @@ def costs_in_ms(schedule: Schedule, costs: Costs, unit_ms: float) -> Costs:
 
 def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> None:
     try:
-        costs, schedule, timeline, notes = step(config, overrides)
+        found = step(config, overrides)
     except ScheduleError as error:
         console.print(error.grid, markup=False, highlight=False, soft_wrap=True)
         raise
+    costs, schedule, timeline, notes, _ = found
     if config.execute:
         return run_for_real(config, costs, schedule, console)
     show(console, schedule, timeline, config.unit)
-    report = report_of(config, costs, schedule, timeline)
+    report = report_of(config, found)
     if costs.jitter:
         figures = ", ".join(f"{float(q):.0%} {time:.6g}" for q, time in report["step_time_quantiles"].items())
         console.print(f"step time, quantiles of {config.num_runs} runs with jitter: {figures}", soft_wrap=True)
@@ -319,10 +330,11 @@ _NAMED = ("parallel.schedule", "parallel.schedule_csv", "parallel.pp", "num_micr
 
 def row_of(config: SimulateConfig, overrides: list[str]) -> Row:
     """Runs one combination of a sweep."""
-    costs, schedule, timeline, _ = step(config, overrides)
+    found = step(config, overrides)
+    costs, schedule, timeline, *_ = found
     if config.out is not None:
         name = f"{job_number():03d}_{schedule.name}_pp{schedule.num_ranks}_m{schedule.num_microbatches}"
-        report = report_of(config, costs, schedule, timeline)
+        report = report_of(config, found)
         write(Path(config.out) / name.replace("/", "_"), config, costs, schedule, timeline, report)
     return {
         "pp": schedule.num_ranks,

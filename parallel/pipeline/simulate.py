@@ -131,8 +131,15 @@ def slot_times(schedule: Schedule, costs: Costs) -> tuple[np.ndarray, np.ndarray
     return duration_S, ready_A
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None, *, seed: int = 0) -> Timeline:
-    """The step of this schedule under these costs. `seed` is that of `costs.jitter`.
+def simulate(
+    schedule: Schedule,
+    costs: Costs | None = None,
+    *,
+    seed: int = 0,
+    slots: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Timeline:
+    """The step of this schedule under these costs. `seed` is that of `costs.jitter`. slots: (duration_S, ready_A) in
+    place of those of `slot_times`, where stages differ more than `Costs` can say.
 
     Raises ScheduleError for a schedule that cannot run, ValueError for costs that do not fit it.
     """
@@ -140,7 +147,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, seed: int = 0) -
     check_slots(schedule)
     rank_R1, slot_S1, actions_A3 = schedule.columns
     rank_A = schedule.rank_A
-    duration_S, ready_A = slot_times(schedule, costs)
+    duration_S, ready_A = slots or slot_times(schedule, costs)
     duration_S, ready_A = _disturb(schedule, costs, seed, duration_S, ready_A)
     start_S, leaves_A, waited_S, next_R = replay(schedule, duration_S, ready_A, costs.p2p_time)
     if (next_R != rank_R1[1:]).any():
@@ -194,9 +201,10 @@ def step_time_quantiles(
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     num_runs: int = 100,
     seed: int = 0,
+    slots: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[float]:
     """Quantiles of the step time over `num_runs` runs with jitter, seeds `seed`, `seed` + 1, ..."""
     if num_runs < 1:
         raise ValueError(f"num_runs = {num_runs}: at least one run")
-    times = [simulate(schedule, costs, seed=seed + run).step_time for run in range(num_runs)]
+    times = [simulate(schedule, costs, seed=seed + run, slots=slots).step_time for run in range(num_runs)]
     return np.quantile(times, quantiles).tolist()
