@@ -42,12 +42,12 @@ def test_the_files_say_what_was_slow(run):
 def test_the_simulator_takes_its_costs(run):
     assert read_costs(run) == (COSTS, 4)
     same = SimulateConfig(PipelineConfig("dualpipe", 4), num_microbatches=8, measure=str(run))
-    costs, schedule, timeline, _ = step(same, [])
+    costs, schedule, timeline, *_ = step(same, [])
     assert costs == COSTS
     assert timeline.step_time == simulate(schedule, COSTS).step_time
     other = SimulateConfig(PipelineConfig("zbv", 2), num_microbatches=8, measure=str(run))
     other.costs["p2p"] = 0.0
-    costs, _, timeline, _ = step(other, ["costs.p2p=0.0", "parallel.schedule=zbv", "parallel.pp=2"])
+    costs, _, timeline, *_ = step(other, ["costs.p2p=0.0", "parallel.schedule=zbv", "parallel.pp=2"])
     assert (costs.f, costs.i, costs.w, costs.p2p) == (11.0, 6.0, 4.0, 0.0)
     assert same.unit == "ms"
 
