@@ -63,7 +63,7 @@ def _environment_of_slurm() -> dict[str, str]:
     env = os.environ
     if "MASTER_ADDR" not in env and int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         raise ValueError(
-            "srun on several nodes needs MASTER_ADDR: export MASTER_ADDR to the first name of `scontrol show hostnames`"
+            "srun on several nodes needs MASTER_ADDR: export MASTER_ADDR=$(scontrol show hostnames | sed -n 1p)"
         )
     return {
         "RANK": env["SLURM_PROCID"],
