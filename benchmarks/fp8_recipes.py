@@ -193,7 +193,7 @@ def report(by_outlier: Rows, sums: Rows, runs: Path, file: Path) -> None:
 
 
 def plot(by_outlier: Rows, sums: Rows, picture: Path) -> None:
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for recipe, style in zip(RECIPES, ("o-", "o-", "x--", "o-"), strict=True):
         of = [row for row in by_outlier if row["recipe"] == recipe]
@@ -208,8 +208,8 @@ def plot(by_outlier: Rows, sums: Rows, picture: Path) -> None:
         xs, ys = [row["K"] for row in of], [row["norm"] for row in of]
         right.plot(xs, ys, styles[name], color=colors[operands], label=f"{operands}; {name}")
     right.set(xlabel="K, products summed", ylabel="error in norm", xscale="log", yscale="log")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
+    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # there is no room between the curves
     figure.savefig(picture, dpi=120)
 
 
