@@ -2,8 +2,8 @@
 
     python benchmarks/executor_computing.py [--turns 5] [--out FILE]
 
-4 dense layers a rank, 2 ranks, 8 microbatches of 4 x 256 tokens, one thread a rank: tokens a second over twice those of
-one process that runs the whole model. torch's side has `nn.Linear` in place of ours, since its
+4 transformer layers a rank, 2 ranks, 8 microbatches of 4 x 256 tokens, one thread a rank: tokens a second over twice
+those of one process that runs the whole model. torch's side has `nn.Linear` in place of ours, since its
 zero-bubble schedules take autograd's graph apart; everything else is the same modules. Each side is held against one
 process with its own kind of linear layer. `at once` are two processes with the whole model each, which share nothing
 but the machine: no schedule can do better than they.
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,8 +30,6 @@ from torch import Tensor, nn
 from infra.allocator import keep_freed_memory
 from measuring.ratios import quartiles, ratios, setting
 from measuring.torch_schedules import our_executor, torch_step
-from model.block import Block
-from model.config import ModelConfig
 from model.linear import Linear
 from parallel.pipeline.executor import Phases
 from parallel.pipeline.p2p import Spec
@@ -40,60 +39,46 @@ from parallel.pipeline.weight_grad import WeightGrads
 from tests.ranks import run_ranks
 
 ALONE, AT_ONCE = "one process", "at once"
-LAYERS, HIDDEN, LENGTH, PER_MICROBATCH, MICROBATCHES, RANKS = 4, 256, 256, 4, 8, 2
-MODEL = ModelConfig(
-    hidden_size=HIDDEN,
-    intermediate_size=2 * HIDDEN,
-    num_hidden_layers=LAYERS * RANKS,
-    first_k_dense_replace=LAYERS * RANKS - 1,  # a config must have an expert; here every block is dense
-    num_nextn_predict_layers=0,
-    num_attention_heads=8,
-    q_lora_rank=None,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    rope_scaling=None,
-)
+LAYERS, HIDDEN, HEADS, LENGTH, PER_MICROBATCH, MICROBATCHES, RANKS = 4, 256, 8, 256, 4, 8, 2
 
 
-def layers_of(stage: int, num_stages: int, plain: bool) -> list[Block]:
-    """The blocks of one stage; plain: with `nn.Linear`."""
-    blocks = [Block(MODEL, is_moe=False) for _ in range(MODEL.num_hidden_layers // num_stages)]
-    for block in blocks:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if plain and isinstance(child, Linear):
-                    out_features, in_features = child.weight.shape
-                    setattr(module, name, nn.Linear(in_features, out_features, bias=False))
-        for parameter in block.parameters():
-            nn.init.normal_(parameter, std=0.02)
+class TransformerLayer(nn.Module):
+    """A pre-norm transformer layer with a GELU of four times the width; plain: with `nn.Linear` in place of ours."""
+
+    def __init__(self, plain: bool):
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.qkv, self.out = _linear(HIDDEN, 3 * HIDDEN, plain), _linear(HIDDEN, HIDDEN, plain)
+        self.up, self.down = _linear(HIDDEN, 4 * HIDDEN, plain), _linear(4 * HIDDEN, HIDDEN, plain)
+        for parameter in self.parameters():
             if not plain:
                 parameter.main_grad = torch.zeros_like(parameter)  # as every parameter here has
-    return blocks
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        qkv_BL3HC = self.qkv(self.norm_attention(x_BLD)).unflatten(-1, (3, HEADS, HIDDEN // HEADS))
+        attended = F.scaled_dot_product_attention(*qkv_BL3HC.permute(2, 0, 3, 1, 4), is_causal=True)
+        x_BLD = x_BLD + self.out(attended.transpose(1, 2).flatten(-2))
+        return x_BLD + self.down(F.gelu(self.up(self.norm_mlp(x_BLD))))
 
 
-class Layers(nn.Module):
-    """Blocks as one module, for torch's schedules and for one process."""
+def _linear(in_features: int, out_features: int, plain: bool) -> nn.Module:
+    linear = nn.Linear(in_features, out_features, bias=False) if plain else Linear(in_features, out_features)
+    nn.init.normal_(linear.weight, std=0.02)
+    return linear
 
-    def __init__(self, blocks: list[Block]):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x).h_BLD
-        return x
+def layers_of(num_stages: int, plain: bool) -> nn.Sequential:
+    """The layers of one of `num_stages` stages."""
+    return nn.Sequential(*(TransformerLayer(plain) for _ in range(LAYERS * RANKS // num_stages)))
 
 
 class LayersStage:
-    """Blocks as a stage of ours; the loss is the sum of the output."""
+    """Layers as a stage of ours; the loss is the sum of the output."""
 
     def __init__(self, stage: int, num_stages: int, batch_MBLD: Tensor):
-        blocks = layers_of(stage, num_stages, plain=False)
         self.is_first, self.is_last, self.batch_MBLD = stage == 0, stage == num_stages - 1, batch_MBLD
         self.output = Spec(tuple(batch_MBLD.shape[1:]), batch_MBLD.dtype)
-        layers = Layers(blocks)
+        layers = layers_of(num_stages, plain=False)
         self.phase = Compute("layers", ("x",), ("y",), lambda x: (layers(x),))
         self.saved: dict[int, Any] = {}
         self.weight_grads = WeightGrads()
@@ -124,7 +109,7 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
     batch_MBLD = torch.randn(MICROBATCHES, PER_MICROBATCH, LENGTH, HIDDEN)
 
     def whole(plain: bool, ranks: int = 1) -> Callable[[], None]:
-        model = Layers(layers_of(0, 1, plain))
+        model = layers_of(1, plain)
 
         def step() -> None:
             if rank < ranks:
@@ -153,7 +138,7 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
 
 
 def _plain_layers(stage: int, num_stages: int) -> nn.Module:
-    return Layers(layers_of(stage, num_stages, plain=True))
+    return layers_of(num_stages, plain=True)
 
 
 def computing(turns: int, console: Console) -> list[dict[str, Any]]:

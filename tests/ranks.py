@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,11 @@ def _rank_main(rank: int, world_size: int, store: str, results: Any, fn: Callabl
             timeout=timedelta(seconds=60),
         )
         out = fn(rank, world_size, *args)
-        results.put((rank, True, out))
+        results.send((True, out))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        results.put((rank, False, traceback.format_exc()))
+        results.send((False, traceback.format_exc()))
         raise SystemExit(_FAILED) from None
 
 
@@ -57,29 +58,33 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 100.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child cannot use the parent's OpenMP pool
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        results = context.SimpleQueue()
+        store = str(Path(folder) / "store")
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
-            context.Process(target=_rank_main, args=(r, world_size, str(Path(folder) / "store"), results, fn, args))
+            context.Process(target=_rank_main, args=(r, world_size, store, pipes[r][1], fn, args))
             for r in range(world_size)
         ]
         for process in ranks:
             process.start()
         try:
             outputs: dict[int, Any] = {}
+            awaited = {reader: r for r, (reader, _) in enumerate(pipes)}
             deadline = time.monotonic() + timeout
-            while len(outputs) < world_size:
-                if not results.empty():
-                    rank, ok, value = results.get()
+            while awaited:
+                # sleeps till something happens: a look every few ms would take time from the ranks it measures
+                living = [process.sentinel for process in ranks if process.exitcode is None]
+                _raise_if_dead(ranks)
+                ready = wait([*awaited, *living], max(deadline - time.monotonic(), 0))
+                if not ready:
+                    missing = sorted(awaited.values())
+                    raise TimeoutError(f"ranks {missing} of {world_size} gave no result in {timeout:.0f} s")
+                for reader in [reader for reader in ready if reader in awaited]:
+                    rank = awaited.pop(reader)
+                    ok, value = reader.recv()
                     if not ok:
                         _raise_if_dead(ranks)
                         raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
                     outputs[rank] = value
-                elif time.monotonic() > deadline:
-                    missing = sorted(set(range(world_size)) - set(outputs))
-                    raise TimeoutError(f"ranks {missing} of {world_size} gave no result in {timeout:.0f} s")
-                else:
-                    _raise_if_dead(ranks)
-                    time.sleep(0.002)
             return [outputs[r] for r in range(world_size)]
         finally:
             for process in ranks:
