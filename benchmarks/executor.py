@@ -6,8 +6,10 @@ Stages sleep through their F, I and W, so that a machine with few cores can play
 gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there. An
 operation is one sleep. `over` is the time by which each of them would have to be longer for the simulated step to take
 as long as the measured one did: of operations that stand behind one another, on one rank or on several, every one
-counts. What sleeping itself overshoots, measured in the same sleeps, is `of that sleep`. Ours and those of
-torch.distributed.pipelining run in turn, in the same processes.
+counts. `of that sleep` is the same for the step that the simulator finds when it is given every sleep as long as it
+was; for torch's schedules, which do not say which sleep is whose, the mean by which the sleeps overshot - that is less,
+since a step waits for whoever overshoots most. Ours and those of torch.distributed.pipelining run in turn, in the same
+processes.
 With real computing: executor_computing.py.
 """
 
@@ -20,11 +22,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 
 from measuring.ratios import setting
 from measuring.torch_schedules import CPU, LIKE, TORCH, our_executor, torch_step
+from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.p2p import Spec
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
@@ -45,16 +49,14 @@ SPEC = Spec((16, 16), torch.float32)  # what travels
 
 @dataclass
 class Sleeper:
-    """`time.sleep` that counts by how much it overshoots."""
+    """`time.sleep` that remembers how long it was asked to sleep, and how long it did."""
 
-    overshoot: float = 0.0
-    num_sleeps: int = 0
+    sleeps: list[tuple[float, float]] = field(default_factory=list)
 
     def __call__(self, seconds: float) -> None:
         began = time.perf_counter()
         time.sleep(seconds)
-        self.overshoot += time.perf_counter() - began - seconds
-        self.num_sleeps += 1
+        self.sleeps.append((seconds, time.perf_counter() - began))
 
 
 def wake_on_time() -> None:
@@ -107,7 +109,7 @@ class SleepingModule(nn.Module):
 
 
 def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns: int) -> dict[str, Any]:
-    """On every rank: for each schedule, the seconds of each turn and what each sleep overshot in it."""
+    """On every rank: for each schedule, the seconds of each turn and its sleeps, asked for and slept."""
     wake_on_time()
     groups = (dist.new_group(), dist.new_group())
     sleeper = Sleeper()
@@ -129,18 +131,34 @@ def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns
             steps[name] = torch_step(name, rank, pp, num_microbatches, module_of, batch)
         except ValueError:
             continue  # this schedule does not take so few microbatches
-    results: dict[str, Any] = {name: {"seconds": [], "overshoot": []} for name in steps}
+    results: dict[str, Any] = {name: {"seconds": [], "sleeps": []} for name in steps}
     for turn in range(turns + 1):
         for name, step in steps.items():
-            sleeper.overshoot, sleeper.num_sleeps = 0.0, 0
+            sleeper.sleeps = []
             dist.barrier()
             began = time.perf_counter()
             step()
             if not turn:
                 continue  # the first is to warm up
             results[name]["seconds"].append(time.perf_counter() - began)
-            results[name]["overshoot"].append(sleeper.overshoot / sleeper.num_sleeps)
+            results[name]["sleeps"].append(sleeper.sleeps)
     return results
+
+
+def as_slept(schedule: Schedule, slept: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """(duration_S, ready_A) for `simulate`: how long each rank's sleeps were, in the order of its program."""
+    duration_S, ready_A = [], []
+    for program, sleeps in zip(schedule.programs, map(iter, slept), strict=True):
+        for slot in program:
+            elapsed = 0.0
+            for action in slot:
+                elapsed += next(sleeps)
+                ready_A.append(elapsed)
+                if action.op is Op.B and action.stage > 0:  # of the first stage, I and W are one sleep
+                    elapsed += next(sleeps)
+            duration_S.append(elapsed)
+        assert next(sleeps, None) is None, "every sleep is one of the program's"
+    return np.array(duration_S), np.array(ready_A)
 
 
 def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[dict[str, Any]]:
@@ -154,8 +172,15 @@ def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[d
         longer = Costs(*(time + 1e-6 * schedule.num_stages / pp for time in times))
         in_line = (simulate(schedule, longer).step_time - ideal) / 1e-6  # operations that stand behind one another
         seconds = [max(rank[name]["seconds"][turn] for rank in ranks) for turn in range(turns)]
-        overshoot = statistics.mean(value for rank in ranks for value in rank[name]["overshoot"])
         median = statistics.median(seconds)
+        sleeps = [[rank[name]["sleeps"][turn] for rank in ranks] for turn in range(turns)]
+        if name in SCHEDULES:
+            slept = [as_slept(schedule, [[real for _, real in rank] for rank in turn]) for turn in sleeps]
+            overshoot = (
+                statistics.median(simulate(schedule, slots=slots).step_time - ideal for slots in slept) / in_line
+            )
+        else:
+            overshoot = statistics.mean(real - asked for turn in sleeps for rank in turn for asked, real in rank)
         rows.append(
             {
                 "schedule": name,
