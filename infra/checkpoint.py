@@ -36,6 +36,7 @@ from infra.tensor_file import save_tensors
 FORMAT = 1
 _STEP = re.compile(r"step_\d+")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)/([\dx]+)\]")
+_REPLACED = re.compile(r"\.(step_\d+)\.replaced")
 _WRITING = re.compile(r"\.step_(\d+)\.writing")
 
 
@@ -290,7 +291,13 @@ def _check_whole(keys: Iterable[str]) -> None:
 
 
 def clear(root: Path) -> Iterator[tuple[Path, int]]:
-    """Removes what a kill has left half-written under `root`: the folder, and the step of each."""
+    """Removes what a kill has left half-written under `root`: the folder, and the step of each. A checkpoint that was
+    about to be replaced is put back."""
+    for folder in root.glob(".step_*.replaced"):
+        if (match := _REPLACED.fullmatch(folder.name)) and not (target := root / match[1]).exists():
+            folder.rename(target)
+        elif match:
+            shutil.rmtree(folder)
     for folder in sorted(root.glob(".step_*.writing")):
         if match := _WRITING.fullmatch(folder.name):
             shutil.rmtree(folder)
@@ -317,10 +324,13 @@ def _publish(beside: Path, target: Path, num_files: int, meta: dict[str, Any]) -
     _check_whole(key for entry in files.values() for key in entry["keys"])
     index = {"format": FORMAT, "meta": meta, "files": files}
     _write_json(beside / "index.json", index | {"checksum": _checksum_of_index(index)})
-    if target.exists():
-        shutil.rmtree(target)  # of a run that was resumed from an earlier step
+    before = target.with_name(f".{target.name}.replaced")
+    if target.exists():  # an import that is replaced, or of a run that was resumed from an earlier step
+        shutil.rmtree(before, ignore_errors=True)
+        os.rename(target, before)  # a kill right after this leaves it to `clear` to put it back
     os.rename(beside, target)
     _sync_folder(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

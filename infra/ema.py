@@ -12,6 +12,11 @@ device memory nor time: after the optimizer's step a thread averages while the n
 From a GPU the sources travel on a side stream into pinned memory, and the thread averages once they have arrived. On a
 CPU the thread reads them in place. Either way each average is `average += (1 - decay) (source - average)` in FP32 on
 the same numbers, so the result does not depend on timing.
+
+What was there before the first step is no model: with a decay of 0.999 it would still be nine tenths of the average
+after 100 steps. So the n-th update keeps `min(decay, (1 + n) / (10 + n))` of the average, as TensorFlow's
+ExponentialMovingAverage does with `num_updates`: the average reaches back over a tenth of the steps so far, until
+`decay` says less.
 """
 
 from __future__ import annotations
@@ -27,13 +32,13 @@ class Ema:
     """Averages of `sources`, which all live on one device; starts from their present values.
 
     sources: tensors of any shape, FP32 or wider; none: there is nothing to average, and nothing is done.
-    decay: the share of the old average that a step keeps, in [0, 1).
+    decay: the share of the old average that a step keeps in the end, in [0, 1). num_updates: how many were averaged.
     """
 
     def __init__(self, sources: Sequence[Tensor], decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: the share of the old average that a step keeps is in [0, 1), say 0.999")
-        self.decay = decay
+        self.decay, self.num_updates = decay, 0
         self.sources = [source.detach() for source in sources]
         self._averages = [source.to("cpu", copy=True) for source in self.sources]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema")
@@ -56,13 +61,15 @@ class Ema:
                 for arrived, source in zip(self._arrived, self.sources, strict=True):
                     arrived.copy_(source, non_blocking=True)
                 event = self._stream.record_event()
-        self._pending = self._thread.submit(self._average, event)
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self._pending = self._thread.submit(self._average, decay, event)
 
-    def _average(self, event: torch.cuda.Event | None) -> None:
+    def _average(self, decay: float, event: torch.cuda.Event | None) -> None:
         if event is not None:
             event.synchronize()
         for average, value in zip(self._averages, self._arrived, strict=True):
-            average.lerp_(value, 1 - self.decay)
+            average.lerp_(value, 1 - decay)
 
     def before_step(self) -> None:
         """Call before the sources change: on a CPU waits for the average, on a GPU orders the change after the copy."""
@@ -81,6 +88,7 @@ class Ema:
         """Starts anew from the sources as they are now."""
         for average, source in zip(self.averages, self.sources, strict=True):
             average.copy_(source)
+        self.num_updates = 0
 
     @property
     def averages(self) -> list[Tensor]:

@@ -256,6 +256,8 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "averaged_steps": self.ema.num_updates,
             "losses": self.losses.state(),
             "model": asdict(self.config.model),
             "options": _noted_options(self.config),
@@ -277,12 +279,17 @@ class Trainer:
         """
         saved = checkpoint.Checkpoint(folder)
         check_same_model(saved, asdict(self.config.model))
-        meta = {"skipped_steps": 0, "losses": LossHistory(self.config.spike).state(), **saved.meta}  # imports have none
-        self.step, self.samples, self.tokens, self.skipped_steps = (
-            meta[name] for name in ("step", "samples", "tokens", "skipped_steps")
+        new = {"skipped_steps": 0, "skipped_in_a_row": 0, "losses": LossHistory(self.config.spike).state()}
+        meta = {**new, **saved.meta}  # imports have none of these
+        self.step, self.samples, self.tokens, self.skipped_steps, self.skipped_in_a_row = (
+            meta[name] for name in ("step", "samples", "tokens", "skipped_steps", "skipped_in_a_row")
         )
+        # A run that gave up gets one more step: its options may be others now.
+        self.skipped_in_a_row = min(self.skipped_in_a_row, self.config.train.max_skipped_steps - 1)
         self.losses.load(meta["losses"])
-        state.load(saved, self.replica, self.optimizer, self.ema, self.step - self.skipped_steps)
+        taken = self.step - self.skipped_steps
+        self.ema.num_updates = meta.get("averaged_steps", taken)
+        state.load(saved, self.replica, self.optimizer, self.ema, taken)
         were = meta.get("options", {})
         return [f"{k}={v} (was {were[k]})" for k, v in _noted_options(self.config).items() if were.get(k, v) != v]
 

@@ -1,9 +1,12 @@
 """Checkpoints are whole or absent: round trips, damage of every kind, full disks, several ranks."""
 
+import itertools
 import os
 import pickle
 import random
 import resource
+import shutil
+import signal
 import stat
 import warnings
 import weakref
@@ -64,6 +67,30 @@ def test_what_fails_on_the_way_leaves_the_one_before(tmp_path):
         checkpoint.save_one_by_one(tmp_path, 0, tensors(), {})
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_0"]
     assert Checkpoint(tmp_path / "step_0").keys == set(_tensors(0))
+
+
+@pytest.mark.parametrize(("kind", "call", "left"), [("rename", 1, 0.0), ("rename", 2, 0.0), ("rmtree", 3, 1.0)])
+def test_a_kill_while_one_is_replaced_loses_neither(tmp_path, monkeypatch, kind, call, left):
+    """Before the old one is moved away, before the new one comes into its place, and before the old one is removed."""
+    checkpoint.save(tmp_path, 4, {"a": torch.zeros(3)}, {}, keep=1)
+    if (child := os.fork()) == 0:
+        module = {"rename": os, "rmtree": shutil}[kind]
+        original, calls = getattr(module, kind), itertools.count(1)
+
+        def kill_or_do(*arguments, **options):
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, kind, kill_or_do)
+        checkpoint.save(tmp_path, 4, {"a": torch.ones(3)}, {}, keep=1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    list(checkpoint.clear(tmp_path))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step_4"]
+    saved = Checkpoint(tmp_path / "step_4")
+    saved.verify()
+    assert saved.read(["a"])["a"].tolist() == [left] * 3
 
 
 def test_pieces_are_read_as_one_and_in_other_pieces(tmp_path):

@@ -135,6 +135,23 @@ def test_a_run_that_learns_nothing_any_more_gives_up(data, tmp_path):
     assert len(read_records(tmp_path)) == 3
 
 
+def _poison_every_step_and_die_at_4(trainer):
+    _poison_every_step(trainer)
+    die_at(trainer, 4)
+
+
+def test_a_bad_stretch_is_counted_over_a_restart(data, tmp_path):
+    """And a run that has given up tries one step more when it is started again, as its options may be others."""
+    settings = in_folder(config(data, steps=20, train={"max_skipped_steps": 6}), tmp_path, every=2)
+    with pytest.raises(AssertionError, match="Died"):
+        run_ranks(1, run_fit, settings, _poison_every_step_and_die_at_4)
+    for step in (6, 7):
+        with pytest.raises(AssertionError, match=rf"train.max_skipped_steps=6 steps, to step {step}, had a loss"):
+            run_ranks(1, run_fit, settings, _poison_every_step)
+    run_ranks(1, run_fit, settings)
+    assert numbers(tmp_path)[-1]["skipped_steps"] == 7
+
+
 # Spikes: the data of step 19, from sample 72 to 76, is garbage.
 
 GARBAGE = range(72, 76)

@@ -15,7 +15,7 @@ from parallel import state
 from tests.launch.runs import config, small_data
 from tests.ranks import run_ranks
 
-DECAY = 0.7
+DECAY = 0.26  # the third step is the first for which it, and not the warm-up, decides
 LAYOUTS = {
     "mirrored": (2, {"pp": 2, "schedule": "dualpipe"}),
     "replicas": (3, {}),
@@ -35,7 +35,7 @@ def settings(data, decay=DECAY, **parallel):
 
 
 def _alone(rank, world_size, config, root):
-    """Three steps, a checkpoint, and the averages that a plain loop makes of the weights."""
+    """Three steps with a checkpoint after each, and the averages that a plain loop makes of the weights."""
     trainer = Trainer(config, World(rank, world_size, torch.device("cpu")))
 
     def masters():
@@ -43,11 +43,12 @@ def _alone(rank, world_size, config, root):
         return {key.removeprefix("master/"): t.clone() for key, t in held.items() if key.startswith("master/")}
 
     averages = masters()
-    for _ in range(3):
+    for n in range(1, 4):
         trainer.train_step()
+        decay = min(DECAY, (1 + n) / (10 + n))
         for name, weight in masters().items():
-            averages[name] += (1 - DECAY) * (weight - averages[name])
-    trainer.save(root)
+            averages[name] += (1 - decay) * (weight - averages[name])
+        trainer.save(root)
     return {name: t.tolist() for name, t in averages.items()}
 
 
@@ -94,6 +95,14 @@ def test_every_layout_keeps_the_same_average_once(data, alone, tmp_path, layout)
     again = tmp_path / "again"
     run_ranks(world, _steps, settings(data, **parallel), again, folder)  # loads what one rank has saved, and saves it
     for name, tensor in averages(again / "step_3").items():
+        assert torch.equal(tensor, averages(folder)[name]), name
+
+
+def test_a_resumed_run_averages_as_an_unbroken_one(data, alone, tmp_path):
+    """The warm-up goes on where it was."""
+    folder, _ = alone
+    run_ranks(1, _steps, settings(data), tmp_path, folder.with_name("step_2"))
+    for name, tensor in averages(tmp_path / "step_3").items():
         assert torch.equal(tensor, averages(folder)[name]), name
 
 
