@@ -1,9 +1,9 @@
 """Text to tokens and back: bytes by default, or a `tokenizers` JSON file, or a byte-pair encoding trained on the spot.
 
-Both kinds share four verbs (`encode`, `decode`, `to_json`, `identity`) and a table of special tokens. Every document
-ends with `eos`; the three `fim_*` tokens mark the parts of a fill-in-the-middle document. Text is always encoded as
-text: a document that *spells* `<|eos_token|>` does not get the special token. `identity` is a hash of the tokenizer's
-JSON, so two data sets with one identity agree on what every token means. [no torch]
+Both kinds share four verbs (`encode`, `decode`, `to_json`, `to_tokenizers_json`) and a table of special tokens. Every
+document ends with `eos`; the three `fim_*` tokens mark the parts of a fill-in-the-middle document. Text is always
+encoded as text: a document that *spells* `<|eos_token|>` does not get the special token. `identity` is a hash of the
+tokenizer's JSON, so two data sets with one identity agree on what every token means. [no torch]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, tokens: Iterable[int]) -> str: ...
     def to_json(self) -> str: ...
+    def to_tokenizers_json(self) -> str: ...  # the same tokens, in the format of the `tokenizers` library
 
 
 class ByteTokenizer:
@@ -52,6 +53,21 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         return json.dumps({"type": "byte", "vocab_size": self.vocab_size, "special": self.special})
+
+    def to_tokenizers_json(self) -> str:
+        """A byte-pair encoding that merges nothing."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # A printable byte is written as itself, the others, in order, as the letters from U+0100 on.
+        alphabet = sorted(map(ord, pre_tokenizers.ByteLevel.alphabet()))
+        others = (letter for letter in alphabet if letter > 255)
+        vocab = {chr(byte if byte in alphabet else next(others)): byte for byte in range(256)}
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([SPECIAL_TOKENS[name][0] for name in self.special])
+        return tokenizer.to_str()
 
 
 class JsonTokenizer:
@@ -86,10 +102,21 @@ class JsonTokenizer:
     def to_json(self) -> str:
         return self._text
 
+    to_tokenizers_json = to_json
+
 
 def identity(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's JSON, in hexadecimal."""
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def published_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files, by name, from which `transformers` makes this tokenizer (AutoTokenizer.from_pretrained)."""
+    text = tokenizer.to_tokenizers_json()
+    added = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}
+    names = {f"{name}_token": added.get(tokenizer.special.get(name, -1)) for name in ("bos", "eos", "pad")}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False)}
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -6,15 +6,14 @@
 The source says which way: a folder with config.json is Hugging Face's (safetensors, FP8 blocks or BF16), one with
 index.json is ours, and of a run folder the newest checkpoint is taken. An import goes into `checkpoints` of a run
 folder, whichever of the two the target names. Training then starts from its `step_0`, the moments zero; an older
-`step_0` is replaced only with `overwrite=true`. A tokenizer.json beside the source goes with it into the run folder.
-`dtype` is that of the exported weights.
+`step_0` is replaced only with `overwrite=true`. The tokenizer goes with the weights, either way: into the run folder,
+and out of it as the files that `AutoTokenizer` reads. `dtype` is that of the exported weights.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -22,11 +21,14 @@ import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.progress import track
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from infra import checkpoint
+from infra.tokenizer import Tokenizer, published_files, tokenizer_from_json
 from launch.errors import one_line_errors
+from launch.files import save
 from model.config import ModelConfig
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
 from model.transformer import Transformer
@@ -71,8 +73,8 @@ def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path
     The source's tokenizer.json, where it has one, is copied to the run folder around `root`.
 
     Raises:
-        ValueError: where the source is damaged or holds another model than its config.json says, where `root/step_0`
-            exists and `overwrite` does not allow to replace it, or where `root` holds a later step.
+        ValueError: where the source, or its tokenizer, is damaged or of another model than its config.json says, where
+            `root/step_0` exists and `overwrite` does not allow to replace it, or where `root` holds a later step.
     """
     if (later := checkpoint.folders(root)) and checkpoint.step_of(later[-1]) > 0:
         raise ValueError(
@@ -81,33 +83,65 @@ def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path
     if (root / "step_0").exists() and not overwrite:
         raise ValueError(f"{root / 'step_0'} exists: choose another target, or replace it with overwrite=true")
     published = HuggingFaceCheckpoint(source)
+    tokenizer = _tokenizer(source, published.config, "fetch it again, or remove it to import the weights alone")
     meta = {"samples": 0, "tokens": 0, "model": asdict(published.config)}
-    step = checkpoint.save_one_by_one(root, 0, _tensors_of(published), meta)
-    if (source / "tokenizer.json").exists():
-        beside = root.parent / ".tokenizer.json.writing"
-        shutil.copyfile(source / "tokenizer.json", beside)
-        beside.rename(root.parent / "tokenizer.json")
+    with _bar() as bar:
+        shapes = bar.track(names_and_shapes(published.config).items(), description="reading")
+        step = checkpoint.save_one_by_one(root, 0, _tensors_of(published, shapes), meta)
+    if tokenizer:
+        save(root.parent / "tokenizer.json", tokenizer.to_json())
     return step
 
 
-def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str = "master") -> None:
-    """Writes `target` from the weights of a training checkpoint.
+def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str = "master") -> bool:
+    """Writes `target` from the weights of a training checkpoint, and the tokenizer of its run folder; returns whether
+    that has one.
 
     Raises:
-        CheckpointError: where `source` is none, or damaged. ValueError: where `target` exists.
+        CheckpointError: where `source` is none, or damaged. ValueError: where `target` exists, or for a damaged
+        tokenizer.
     """
     ours = checkpoint.Checkpoint(source)
     ours.verify()
     config = state.model_config(ours)
-    shapes = names_and_shapes(config)
-    names = track(shapes.items(), description="writing")
-    tensors = ((n, state.whole_tensor(ours, n, shape, weights)) for n, shape in names)
-    write_hugging_face(target, config, tensors, dtype)
+    tokenizer = _tokenizer(source.parent.parent, config, "put the one of its data there, or remove it")
+    files: dict[str, str] = {}
+    if tokenizer:
+        files = published_files(tokenizer)
+        # Where generation starts and stops, which a config of ours need not say.
+        config = replace(config, bos_token_id=tokenizer.special.get("bos"), eos_token_id=tokenizer.special["eos"])
+    with _bar() as bar:
+        shapes = bar.track(names_and_shapes(config).items(), description="writing")
+        tensors = ((name, state.whole_tensor(ours, name, shape, weights)) for name, shape in shapes)
+        write_hugging_face(target, config, tensors, dtype, files=files)
+    return bool(files)
 
 
-def _tensors_of(published: HuggingFaceCheckpoint) -> Iterator[tuple[str, Tensor]]:
+def _tokenizer(folder: Path, config: ModelConfig, remedy: str) -> Tokenizer | None:
+    """Of a run folder or a published model, where it has one. Raises ValueError where the model cannot use it."""
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = tokenizer_from_json(file.read_text(encoding="utf-8"), "it")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be used ({error}); {remedy}") from None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{file} has {tokenizer.vocab_size} tokens, more than the model's vocab_size={config.vocab_size}; {remedy}"
+        )
+    return tokenizer
+
+
+def _bar() -> Progress:
+    return Progress(transient=True, console=Console(stderr=True))
+
+
+def _tensors_of(
+    published: HuggingFaceCheckpoint, shapes: Iterable[tuple[str, torch.Size]]
+) -> Iterator[tuple[str, Tensor]]:
     """By the keys of a training checkpoint, which holds each expert under its number; one at a time."""
-    for name, (num_rows, *shape) in track(names_and_shapes(published.config).items(), description="reading"):
+    for name, (num_rows, *shape) in shapes:
         if ".mlp.experts." in name:
             stem, leaf = name.rsplit(".", 1)
             for e in range(num_rows):
@@ -146,8 +180,10 @@ def main(composed: DictConfig) -> None:
             f"source={source} is no checkpoint: it has neither config.json (Hugging Face's) nor index.json (a run's "
             "step_<n>), and is no run folder with checkpoints"
         )
-    to_hugging_face(ours, target, DTYPES[config.dtype], config.weights)
-    print(f"wrote {target} from {ours}")
+    has_tokenizer = to_hugging_face(ours, target, DTYPES[config.dtype], config.weights)
+    print(
+        f"wrote {target} from {ours}" + ("" if has_tokenizer else "; its run folder has no tokenizer.json to go along")
+    )
 
 
 if __name__ == "__main__":

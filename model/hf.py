@@ -198,11 +198,13 @@ def write_hugging_face(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 5 * 10**9,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint that `transformers` loads: beside `folder`, then renamed, so that it is whole or not there.
 
     Args:
         tensors: of the whole model under our names, in any order; taken one at a time. Routing biases stay float32.
+        files: more that goes into the folder, text by name.
     Raises:
         ValueError: when `folder` exists. OSError: when it cannot be written.
     """
@@ -241,6 +243,8 @@ def write_hugging_face(
         (beside / INDEX).write_text(json.dumps(index, indent=2))
         published = to_hugging_face_config(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (beside / "config.json").write_text(json.dumps(published, indent=2))
+        for name, text in (files or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
         os.rename(beside, folder)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)

@@ -33,6 +33,12 @@ class TestBoth:
         (tokens,) = tokenizer.encode(["a"])
         assert tokenizer.decode([*tokens, tokenizer.special["eos"]]) == "a<|eos_token|>"
 
+    @given(text=st.text())
+    def test_what_others_read_makes_the_same_tokens(self, tokenizer: ByteTokenizer | JsonTokenizer, text: str) -> None:
+        theirs = JsonTokenizer(tokenizer.to_tokenizers_json())
+        assert np.array_equal(theirs.encode([text])[0], tokenizer.encode([text])[0])
+        assert theirs.special == tokenizer.special
+
     def test_json_round_trip(self, tokenizer: ByteTokenizer | JsonTokenizer, tmp_path: Path) -> None:
         (tmp_path / "t.json").write_text(tokenizer.to_json(), encoding="utf-8")
         again = load_tokenizer(tmp_path / "t.json")

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from infra.checkpoint import Checkpoint, newest
 from infra.data import TokenDataset
 from infra.distributed import World
+from infra.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from launch import convert
 from launch.convert import from_hugging_face, to_hugging_face
 from launch.trainer import Trainer
@@ -70,15 +72,53 @@ def test_an_older_import_is_replaced_only_when_asked(tmp_path):
     source, root = tmp_path / "published", tmp_path / "run" / "checkpoints"
     write_hugging_face(source, model.config, model.state_dict().items(), torch.float64)
     step = from_hugging_face(source, root)
-    assert not (tmp_path / "run" / "tokenizer.json").exists()
     before = (step / "index.json").stat().st_mtime_ns
     with pytest.raises(ValueError, match="step_0 exists: choose another target, or replace it with overwrite=true"):
         from_hugging_face(source, root)
     assert (step / "index.json").stat().st_mtime_ns == before
-    (source / "tokenizer.json").write_text("{}")
     from_hugging_face(source, root, overwrite=True)
     assert (step / "index.json").stat().st_mtime_ns > before
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
+TEXT = "def f(x):\n    return 'é 中文 😀'"
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), train_bpe(iter([TEXT] * 9), 300)], ids=["byte", "bpe"])
+def test_the_tokenizer_goes_with_the_weights(tmp_path, tokenizer):
+    """Out, where transformers reads it, and in again."""
+    model = small_model(vocab_size=320)
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    step = from_hugging_face(tmp_path / "published", tmp_path / "run" / "checkpoints")
+    assert not to_hugging_face(step, tmp_path / "without", torch.float64)
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    (tmp_path / "run" / "tokenizer.json").write_text(tokenizer.to_json())
+    assert to_hugging_face(step, tmp_path / "exported", torch.float64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    tokens = tokenizer.encode([TEXT])[0].tolist()
+    assert theirs(TEXT, add_special_tokens=False)["input_ids"] == tokens
+    assert theirs.decode(tokens) == TEXT
+    assert theirs.eos_token_id == tokenizer.special["eos"]
+    assert HuggingFaceCheckpoint(tmp_path / "exported").config.eos_token_id == tokenizer.special["eos"]
+    from_hugging_face(tmp_path / "exported", tmp_path / "again" / "checkpoints")
+    again = load_tokenizer(tmp_path / "again" / "tokenizer.json")
+    assert (again.encode([TEXT])[0].tolist(), again.special) == (tokens, tokenizer.special)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{}", "tokenizer.json cannot be used .it is not a tokenizer of the `tokenizers` library: .*fetch it again"),
+        (b"\xff", "tokenizer.json cannot be used .*fetch it again, or remove it to import the weights alone"),
+        (ByteTokenizer().to_json().encode(), "has 320 tokens, more than the model's vocab_size=64; fetch it again"),
+    ],
+)
+def test_a_tokenizer_that_the_model_cannot_use_is_refused(tmp_path, content, words):
+    model = small_model(vocab_size=64)
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    (tmp_path / "published" / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        from_hugging_face(tmp_path / "published", tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_import_lands_where_training_looks(tmp_path, monkeypatch, capsys):
