@@ -1,15 +1,18 @@
 """What the executor costs: a step of every schedule over the time that its work alone would take, beside torch's.
 
-    python benchmarks/executor.py [--pp 4 8] [--microbatches 8 16 32] [--costs 20/20/20 ...] [--turns 3]
+    python benchmarks/executor.py [--pp 4 8] [--microbatches 8 16 32] [--costs 20/20/20 ...] [--schedules dualpipe ...]
 
 Stages sleep through their F, I and W, so that a machine with few cores can play many ranks; real tensors travel through
-gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there. An
-operation is one sleep. `over` is the time by which each of them would have to be longer for the simulated step to take
-as long as the measured one did: of operations that stand behind one another, on one rank or on several, every one
+gloo. *Eager ideal* is the simulated step of the same schedule when every result leaves as soon as it is there, and the
+two actions of a pair run in turn, each as soon as it can. Ours and those of torch.distributed.pipelining run in turn,
+in the same processes.
+
+An operation is one sleep. `over` is the time by which each of them would have to be longer for the simulated step to
+take as long as the measured one did: of operations that stand behind one another, on one rank or on several, every one
 counts. `of that sleep` is the same for the step that the simulator finds when it is given every sleep as long as it
 was; for torch's schedules, which do not say which sleep is whose, the mean by which the sleeps overshot - that is less,
-since a step waits for whoever overshoots most. Ours and those of torch.distributed.pipelining run in turn, in the same
-processes.
+since a step waits for whoever overshoots most.
+
 With real computing: executor_computing.py.
 """
 
@@ -38,6 +41,7 @@ from measuring.ratios import setting
 from measuring.torch_schedules import CPU, LIKE, TORCH, our_executor, torch_step
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.p2p import Spec
+from parallel.pipeline.passes import in_turn
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.synthetic import SyntheticStage
@@ -108,20 +112,22 @@ class SleepingModule(nn.Module):
         return _InputGrad.apply(x, self.sleeper, f, i) * _WeightGrad.apply(self.weight, self.sleeper, w)
 
 
-def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns: int) -> dict[str, Any]:
+def sleeping_rank(
+    rank: int, pp: int, num_microbatches: int, times: Times, names: list[str], turns: int
+) -> dict[str, Any]:
     """On every rank: for each schedule, the seconds of each turn and its sleeps, asked for and slept."""
     wake_on_time()
     groups = (dist.new_group(), dist.new_group())
     sleeper = Sleeper()
     steps: dict[str, Callable[[], None]] = {}
-    for name, make in SCHEDULES.items():
-        schedule = make(pp, num_microbatches)
+    for name in (name for name in names if name in SCHEDULES):
+        schedule = SCHEDULES[name](pp, num_microbatches)
         parts = [time * pp / schedule.num_stages for time in times]
         held = schedule.stages_of(rank)
         stages = {s: SyntheticStage(*parts, SPEC, CPU, sleeper) for s in held}
         steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
     batch = torch.zeros(num_microbatches * SPEC.shape[0], SPEC.shape[1], requires_grad=True)
-    for name in TORCH:
+    for name in (name for name in names if name in TORCH):
 
         def module_of(stage: int, num_stages: int) -> nn.Module:
             f, i, w = (time * pp / num_stages for time in times)
@@ -146,27 +152,23 @@ def sleeping_rank(rank: int, pp: int, num_microbatches: int, times: Times, turns
 
 
 def as_slept(schedule: Schedule, slept: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """(duration_S, ready_A) for `simulate`: how long each rank's sleeps were, in the order of its program."""
-    duration_S, ready_A = [], []
+    """The `slots` of `simulate`, each of one action: how long each rank's sleeps were, in the order of its program."""
+    duration_A, ready_A = [], []
     for program, sleeps in zip(schedule.programs, map(iter, slept), strict=True):
-        for slot in program:
-            elapsed = 0.0
-            for action in slot:
-                elapsed += next(sleeps)
-                ready_A.append(elapsed)
-                if action.op is Op.B and action.stage > 0:  # of the first stage, I and W are one sleep
-                    elapsed += next(sleeps)
-            duration_S.append(elapsed)
+        for (action,) in program:
+            ready_A.append(next(sleeps))
+            has_w = action.op is Op.B and action.stage > 0  # of the first stage, I and W are one sleep
+            duration_A.append(ready_A[-1] + (next(sleeps) if has_w else 0.0))
         assert next(sleeps, None) is None, "every sleep is one of the program's"
-    return np.array(duration_S), np.array(ready_A)
+    return np.array(duration_A), np.array(ready_A)
 
 
-def sleeping(pp: int, num_microbatches: int, times: Times, turns: int) -> list[dict[str, Any]]:
+def sleeping(pp: int, num_microbatches: int, times: Times, names: list[str], turns: int) -> list[dict[str, Any]]:
     """One row a schedule. The time of a turn is that of its slowest rank; of the turns, the median."""
-    ranks = run_ranks(pp, sleeping_rank, num_microbatches, times, turns, timeout=600)
+    ranks = run_ranks(pp, sleeping_rank, num_microbatches, times, names, turns, timeout=600)
     rows = []
     for name in ranks[0]:
-        schedule = SCHEDULES[LIKE.get(name, name)](pp, num_microbatches)
+        schedule = in_turn(SCHEDULES[LIKE.get(name, name)](pp, num_microbatches))
         ideal = simulate(schedule, Costs(*times)).step_time
         # costs are of 1/PP of the model, a sleep is of one stage
         longer = Costs(*(time + 1e-6 * schedule.num_stages / pp for time in times))
@@ -221,6 +223,8 @@ def main() -> None:
     parser.add_argument("--pp", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[16])
     parser.add_argument("--costs", nargs="+", default=["20/20/20", "20/21/13", "15/15/30"], help="F/I/W in ms")
+    every = [*SCHEDULES, *TORCH]
+    parser.add_argument("--schedules", nargs="+", default=every, choices=every, metavar="NAME", help=", ".join(every))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("executor.json"))
     args = parser.parse_args()
@@ -228,7 +232,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for pp, costs, num_microbatches in product(args.pp, args.costs, args.microbatches):
         f, i, w = (float(part) / 1e3 for part in costs.split("/"))
-        shape = sleeping(pp, num_microbatches, (f, i, w), args.turns)
+        shape = sleeping(pp, num_microbatches, (f, i, w), args.schedules, args.turns)
         show_sleeping(shape, console)
         rows += shape
     args.out.write_text(json.dumps(setting() | {"rows": rows}, indent=1))

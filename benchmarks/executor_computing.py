@@ -6,7 +6,8 @@
 those of one process that runs the whole model. torch's side has `nn.Linear` in place of ours, since its
 zero-bubble schedules take autograd's graph apart; everything else is the same modules. Each side is held against one
 process with its own kind of linear layer. `at once` are two processes with the whole model each, which share nothing
-but the machine: no schedule can do better than they.
+but the machine, and so are the limit of any schedule on it. Why they take longer than one alone: `cache` multiplies
+matrices that stay in a core's cache, `memory` goes through 100 MB.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from infra.allocator import keep_freed_memory
-from measuring.ratios import quartiles, ratios, setting
+from measuring.ratios import ratios, setting, shown
 from measuring.torch_schedules import our_executor, torch_step
 from model.linear import Linear
 from parallel.pipeline.executor import Phases
@@ -102,23 +103,52 @@ class LayersStage:
         self.weight_grads.run(mb)
 
 
+def in_cache() -> Callable[[], None]:
+    """Products of matrices of 150 KB."""
+    a, out = torch.randn(192, 192), torch.empty(192, 192)
+
+    def work() -> None:
+        for _ in range(5000):
+            torch.mm(a, a, out=out)
+
+    return work
+
+
+def through_memory() -> Callable[[], None]:
+    """Reads and writes 100 MB, again and again."""
+    x = torch.randn(25_000_000)
+
+    def work() -> None:
+        for _ in range(30):
+            x.neg_()
+
+    return work
+
+
 def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
     """On every rank: seconds of each turn of one process (rank 0 alone), of ours and of torch's schedules."""
     keep_freed_memory()  # as every training process does
     groups = (dist.new_group(), dist.new_group())
     batch_MBLD = torch.randn(MICROBATCHES, PER_MICROBATCH, LENGTH, HIDDEN)
 
-    def whole(plain: bool, ranks: int = 1) -> Callable[[], None]:
+    def whole(plain: bool) -> Callable[[], None]:
         model = layers_of(1, plain)
 
         def step() -> None:
-            if rank < ranks:
-                for x in batch_MBLD:  # the pipelines compute the gradient of the first input too
-                    model(x.requires_grad_()).sum().backward()
+            for x in batch_MBLD:  # the pipelines compute the gradient of the first input too
+                model(x.requires_grad_()).sum().backward()
 
         return step
 
-    steps = {ALONE: whole(plain=False), f"torch {ALONE}": whole(plain=True), AT_ONCE: whole(plain=False, ranks=pp)}
+    def on_ranks(num_ranks: int, work: Callable[[], None]) -> Callable[[], None]:
+        return lambda: work() if rank < num_ranks else None
+
+    works = {"": whole(plain=False), "torch": whole(plain=True), "cache": in_cache(), "memory": through_memory()}
+    steps = {
+        f"{side} {name}".strip(): on_ranks(num_ranks, work)
+        for side, work in works.items()
+        for name, num_ranks in ((ALONE, 1), (AT_ONCE, pp))
+    }
     for name in ("1f1b", "zbv", "dualpipe"):
         schedule = SCHEDULES[name](pp, MICROBATCHES)
         stages = {s: LayersStage(s, schedule.num_stages, batch_MBLD) for s in schedule.stages_of(rank)}
@@ -142,23 +172,26 @@ def _plain_layers(stage: int, num_stages: int) -> nn.Module:
 
 
 def computing(turns: int, console: Console) -> list[dict[str, Any]]:
-    """Tokens a second of each schedule over twice those of one process, by turn; the median and the quartiles."""
+    """One row for each: its rate over twice that of one process, and over that of two at once, by turn."""
     ranks = run_ranks(RANKS, computing_rank, turns, timeout=600)
+    seconds = {name: [max(of) for of in zip(*(rank[name] for rank in ranks), strict=True)] for name in ranks[0]}
     tokens = MICROBATCHES * PER_MICROBATCH * LENGTH
-    title = f"{RANKS} ranks, {LAYERS} layers each, against {RANKS} x one process"
-    table = Table("schedule", "tokens/s", "of twice one process", "quartiles", title=title)
+    title = f"{RANKS} ranks, {LAYERS} layers each: median (quartiles)"
+    table = Table("", "tokens/s", "of twice one process", "of two at once", title=title)
     rows = []
-    for name in ranks[0]:
-        seconds = [max(rank[name][turn] for rank in ranks) for turn in range(turns)]
-        if name.endswith(ALONE):
-            table.add_row(name, f"{tokens / statistics.median(seconds):.0f}", "", "")
-            continue
-        alone = ranks[0][f"torch {ALONE}" if name.startswith("torch") else ALONE]
-        batches = RANKS if name == AT_ONCE else 1
-        middle, low, high = quartiles([batches * share / RANKS for share in ratios(alone, seconds)])
-        per_second = batches * tokens / statistics.median(seconds)
-        rows.append({"schedule": name, "tokens_per_second": per_second, "share": [low, middle, high]})
-        table.add_row(name, f"{per_second:.0f}", f"{middle:.1%}", f"{low:.1%} to {high:.1%}")
+    for name in seconds:
+        side = next((f"{side} " for side in ("torch", "cache", "memory") if name.startswith(side)), "")
+        batches = RANKS if name.endswith(AT_ONCE) else 1
+        row: dict[str, Any] = {"name": name, "tokens_per_second": batches * tokens / statistics.median(seconds[name])}
+        for limit in (ALONE, AT_ONCE):
+            row[limit] = [batches / RANKS * share for share in ratios(seconds[side + limit], seconds[name])]
+        rows.append(row)
+        table.add_row(
+            name,
+            f"{row['tokens_per_second']:.0f}" if side in ("", "torch ") else "",
+            "" if name.endswith(ALONE) else shown(row[ALONE]),
+            "" if name.endswith((ALONE, AT_ONCE)) else shown(row[AT_ONCE]),
+        )
     console.print(table)
     return rows
 

@@ -18,6 +18,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.stage import BatchScale
 
 LENGTH = 12
+EVERY_PIPELINE = [(name, pp) for name in [*SCHEDULES, "auto"] for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
 
 lower(SCHEDULES["1f1b"](1, 1))  # loads the compiled code: once here rather than on every forked rank
 

@@ -5,8 +5,7 @@ import torch
 
 from infra.optim import Reduction
 from parallel.config import ParallelConfig
-from parallel.pipeline.schedules import SCHEDULES
-from tests.parallel.layouts import begin, build, reference_gradients, tiny
+from tests.parallel.layouts import EVERY_PIPELINE, begin, build, reference_gradients, tiny
 from tests.ranks import run_ranks
 
 
@@ -93,11 +92,8 @@ def test_a_v2_router_without_compressed_queries_or_a_shared_expert(recompute):
     check_layout(config, parallel, 4, 4)
 
 
-EVERY = [(name, pp) for name in [*SCHEDULES, "auto"] for pp in (1, 2, 4, 8) if (name, pp) != ("dualpipe", 1)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "pp"), EVERY)
+@pytest.mark.parametrize(("schedule", "pp"), EVERY_PIPELINE)
 def test_every_schedule_with_uneven_stages_and_no_expert_on_the_first_rank(schedule, pp):
     """More layers than stages by three, an uneven number of microbatches, MTP, and a first stage of dense layers."""
     num_microbatches = 2 * pp + 1
