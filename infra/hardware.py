@@ -12,7 +12,7 @@ Units: TFLOP/s, GB/s (10^9 bytes), GB of memory 10^9 bytes, microseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import log
+from math import inf, log
 from typing import Any
 
 DTYPE_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
@@ -105,8 +105,15 @@ class ClusterConfig:
             "mtbf_hours storage_gbs host_memory_gb"
         )
         for name in numbers.split():
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < inf:  # nan is refused too
                 raise ValueError(f"cluster.{name}={getattr(self, name)} must be above 0")
+        others = (
+            "fp8_tflops node_latency_us network_latency_us p2p_gbs reduce_gbs dollars_per_hour restart_s "
+            "expert_imbalance"
+        )
+        for name in others.split():
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"cluster.{name}={getattr(self, name)} must be at least 0")
         if not 0 <= self.comm_sms < self.num_sms:
             raise ValueError(
                 f"cluster.comm_sms={self.comm_sms} leaves none of cluster.num_sms={self.num_sms} to compute: lower it"

@@ -38,7 +38,8 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class one_line_errors(ContextDecorator):
-    """Turns an error about the input into one line on stderr and exit code 1; usable as a decorator.
+    """Turns an error about the input into one line on stderr and exit code 2, and what went wrong on the way - a rank
+    that is gone, a full disk - into one with exit code 1. Usable as a decorator.
 
     A class, as a task function that holds a generator could not be sent to the processes of a sweep.
     """
@@ -59,7 +60,9 @@ class one_line_errors(ContextDecorator):
         if isinstance(error, Exception) and not TRACES and (line := explain(error)) is not None:
             _tell_torchrun(line)
             _give_way()
-            sys.exit(f"error: {line}")
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            on_the_way = isinstance(error, RuntimeError) or type(error) is OSError  # as is what says no space is left
+            sys.exit(1 if on_the_way else 2)
 
 
 def _warning_line(

@@ -7,6 +7,8 @@ from pathlib import Path
 
 def check_folder(word: str, path: str | None) -> None:
     """Raises ValueError where `path`, given as `word`, is something else than a folder or nothing."""
+    if path == "":
+        raise ValueError(f"{word}= is empty: name a folder, such as {word}=results")
     if path is not None and Path(path).exists() and not Path(path).is_dir():
         raise ValueError(f"{word}={path} is a file: name a folder")
 

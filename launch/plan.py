@@ -19,6 +19,7 @@ unless you fit it to a run of your own.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,10 @@ from infra.hardware import ClusterConfig
 from launch.errors import one_line_errors
 from launch.expert_load import read_expert_load
 from launch.files import check_folder
-from launch.plan_report import as_row, line_of, report
+from launch.plan_report import SPARE, as_row, line_of, report
 from launch.sweep import is_asked, is_sweep, leave_row, row_or_note, sweep, swept_words
 from model.config import ModelConfig
-from parallel.config import check_choice
+from parallel.config import check_at_least, check_choice
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.plan.goodput import Goodput, goodput, work_hours
 from parallel.plan.interval import Ranges, interval
@@ -61,14 +62,35 @@ class ToldConfig:
     zero_stage: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("schedule", tuple(SCHEDULES)),
-            ("dispatcher", ("local", "all_to_all", "two_hop")),
-            ("recompute", RECOMPUTES),
-            ("zero_stage", (0, 1)),
-        ):
-            if getattr(self, name) is not None:
-                check_choice(f"parallel.{name}", getattr(self, name), choices)
+        check_words("parallel", self)
+
+
+@dataclass
+class BesideConfig(ToldConfig):
+    """The words in which a layout beside the winner differs from it."""
+
+    precision: str | None = None
+    microbatch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_words("beside", self)
+
+
+_CHOICES: dict[str, Sequence[Any]] = {
+    "schedule": tuple(SCHEDULES),
+    "dispatcher": ("local", "all_to_all", "two_hop"),
+    "recompute": RECOMPUTES,
+    "zero_stage": (0, 1),
+    "precision": PRECISIONS,
+}
+
+
+def check_words(where: str, words: ToldConfig) -> None:
+    for name, value in asdict(words).items():
+        if value is not None and name in _CHOICES:
+            check_choice(f"{where}.{name}", value, _CHOICES[name])
+        elif value is not None and not isinstance(value, bool):
+            check_at_least(f"{where}.{name}", value)
 
 
 @dataclass
@@ -95,18 +117,31 @@ class BatchConfig:
     ramp_tokens: float = 469e9
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ValueError(f"train.global_batch_size={self.global_batch_size} must be at least 1")
+        check_at_least("train.global_batch_size", self.global_batch_size)
+        check_at_least("train.tokens", self.tokens)
+        if self.microbatch_size is not None:
+            check_at_least("train.microbatch_size", self.microbatch_size)
+        check_at_least("train.ramp_tokens", self.ramp_tokens)
+        if self.ramp_from is not None:
+            check_at_least("train.ramp_from", self.ramp_from)
+            for name, most in (("ramp_from", "global_batch_size"), ("ramp_tokens", "tokens")):
+                if getattr(self, name) > getattr(self, most):
+                    what = f"train.{name}={getattr(self, name):g} is above train.{most}={getattr(self, most):g}"
+                    raise ValueError(f"{what}, where the ramp ends: lower it")
 
 
 @dataclass
 class LengthConfig:
     sequence_length: int = 4096
 
+    def __post_init__(self) -> None:
+        check_at_least("data.sequence_length", self.sequence_length)
+
 
 @dataclass
 class PlanConfig:
-    """worlds: numbers of ranks to try; null: all of the cluster. show: rows printed. exact: schedules replayed."""
+    """worlds: a number of ranks to try, or a list of them; null: all of the cluster. show: rows printed. exact:
+    schedules replayed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -114,8 +149,8 @@ class PlanConfig:
     precision: ToldPrecision = field(default_factory=ToldPrecision)
     train: BatchConfig = field(default_factory=BatchConfig)
     data: LengthConfig = field(default_factory=LengthConfig)
-    worlds: list[int] | None = None
-    beside: dict[str, Any] | None = None
+    worlds: Any = None  # int | list[int] | None, a union that OmegaConf does not know
+    beside: BesideConfig | None = None
     moments: str = "bf16"  # dtype of the optimizer's moments
     ema: bool = True
     imbalance: float = 1.0
@@ -129,9 +164,19 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check_choice("moments", self.moments, ("fp32", "bf16"))
         check_folder("out", self.out)
-        for name in ("exact", "show"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_at_least("exact", self.exact)
+        check_at_least("show", self.show)
+        if not 0.01 <= self.imbalance <= 100:
+            raise ValueError(f"imbalance={self.imbalance}: a factor on times, from 0.01 to 100")
+        for world in self.tried:
+            if type(world) is not int or world < 1:
+                raise ValueError(f"worlds={self.worlds}: numbers of ranks, 1 or more each, as in worlds=[256,512]")
+
+    @property
+    def tried(self) -> list[int]:
+        """Numbers of ranks."""
+        worlds: Any = self.cluster.num_ranks if self.worlds is None else self.worlds
+        return worlds if isinstance(worlds, list) and worlds else [worlds]
 
     @property
     def told(self) -> dict[str, Any]:
@@ -172,7 +217,8 @@ ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 def search(config: PlanConfig) -> tuple[Planner, Plan]:
     """The planner and what it found, with a progress bar on the way."""
     planner = planner_of(config)
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         bars: dict[str, Any] = {}
 
         def tell(what: str, done: int, of: int) -> None:
@@ -180,7 +226,7 @@ def search(config: PlanConfig) -> tuple[Planner, Plan]:
                 bars[what] = progress.add_task(what, total=of)
             progress.update(bars[what], completed=done)
 
-        return planner, planner.search(config.worlds or [config.cluster.num_ranks], config.told, config.exact, tell)
+        return planner, planner.search(config.tried, config.told, config.exact, tell)
 
 
 def row_of_sweep(config: PlanConfig, model: str) -> dict[str, Any]:
@@ -188,8 +234,8 @@ def row_of_sweep(config: PlanConfig, model: str) -> dict[str, Any]:
     planner, plan = search(config)
     winner, bill = plan.rows[0], bill_of(config, planner, plan.rows[0])
     span = interval(planner.step, winner.layout, config.train.global_batch_size, config.doubt)
-    found = as_row(config, 1, winner) | {"from_s": round(span.low, 3), "to_s": round(span.high, 3)}
-    found.pop("rank")
+    found = as_row(config, 1, winner, span)
+    found.pop("row")
     bill_row = {"days": round(bill.days, 2), "GPU-hours": round(bill.gpu_hours), "dollars": round(bill.dollars)}
     return found | bill_row | {"line": line_of(config, model, winner.layout)}
 
@@ -198,16 +244,16 @@ def row_of_sweep(config: PlanConfig, model: str) -> dict[str, Any]:
 @hydra.main("pkg://conf", "plan", version_base="1.3")
 @one_line_errors()
 def main(composed: DictConfig) -> None:
-    config = cast(PlanConfig, OmegaConf.to_object(composed))
     model = HydraConfig.get().runtime.choices["model"]
     if is_sweep():
-        return leave_row(row_or_note(partial(row_of_sweep, config, model), swept_words()))
+        return leave_row(row_or_note(partial(row_of_sweep, model=model), composed, swept_words()))
+    config = cast(PlanConfig, OmegaConf.to_object(composed))
     planner, plan = search(config)
     report(config, model, planner, plan, bill_of(config, planner, plan.rows[0]), Console())
 
 
 if __name__ == "__main__":
     if is_asked(sys.argv):
-        sweep(main, "out", "plans", by=("step_s",), scatter=("memory_GB", "step_s"), always=("layout",))
+        sweep(main, "out", "plans", by=("step_s",), scatter=("memory_GB", "step_s"), always=("layout",), spare=SPARE)
     else:
         main()

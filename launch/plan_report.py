@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import pickle  # written, for torch's memory viewer reads nothing else; never read
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+import conf
 from launch.files import save
-from launch.summary import as_csv, as_html, as_table
+from launch.summary import as_csv, as_html, show_table
 from parallel.plan.goodput import Goodput
 from parallel.plan.interval import Interval, interval
 from parallel.plan.layout import OVERLAPPING, Layout, illegal
@@ -27,8 +30,12 @@ if TYPE_CHECKING:
     from launch.plan import PlanConfig
 
 
-def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
-    """One line of the table: what a layout takes, then its words."""
+# Columns that a narrow terminal does without, the first first.
+SPARE = ("margin_GB", "ranks", "TFLOP/s", "from_s", "to_s", "GPU-hours", "bubble_fraction")
+
+
+def as_row(config: PlanConfig, number: int, row: Row, span: Interval | None) -> dict[str, Any]:
+    """One line of the table, the plan's row `number`: what a layout takes, then its words."""
     layout, length = row.layout, config.data.sequence_length
     tokens = config.train.global_batch_size * length
     flops = config.model.flops_per_token(causal=True, sequence_length=length) * tokens
@@ -38,9 +45,11 @@ def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
     elif layout.pairs and layout.schedule not in OVERLAPPING:
         short += " overlap"
     return {
-        "rank": number,
+        "row": number,
         "step_s": round(row.time.total, 3),
-        "TFLOP/s": round(flops / row.time.total / layout.world / 1e12, 1),
+        "from_s": round(span.low, 3) if span else None,
+        "to_s": round(span.high, 3) if span else None,
+        "TFLOP/s": float(f"{flops / row.time.total / layout.world / 1e12:.4g}"),
         "bubble_fraction": row.time.bubble / row.time.total,
         "memory_GB": round(row.memory.total / 1e9, 1),
         "margin_GB": round(row.memory.margin / 1e9, 1),
@@ -49,27 +58,32 @@ def as_row(config: PlanConfig, number: int, row: Row) -> dict[str, Any]:
     }
 
 
-EVAL_SAMPLES = 64  # of conf/pretrain.yaml
+@cache
+def eval_samples() -> int:
+    """Of a run whose line names none."""
+    return int(OmegaConf.load(Path(conf.__path__[0]) / "pretrain.yaml").train.eval_samples)
 
 
 def line_of(config: PlanConfig, model: str, layout: Layout) -> str:
-    """The overrides of launch/pretrain.py that run this layout; `EVAL_SAMPLES` that are no batch of it are raised."""
+    """The overrides of launch/pretrain.py that run this layout; `eval_samples` that are no batch of it are raised."""
     batch, length, least = config.train.global_batch_size, config.data.sequence_length, layout.least_batch
     words = [f"model={model}", *layout.words(), f"train.global_batch_size={batch}", f"data.sequence_length={length}"]
-    if EVAL_SAMPLES % least:
-        words.append(f"train.eval_samples={-(-EVAL_SAMPLES // least) * least}")
+    if eval_samples() % least:
+        words.append(f"train.eval_samples={-(-eval_samples() // least) * least}")
     return " ".join(words)
 
 
-def beside_of(config: PlanConfig, planner: Planner, winner: Row) -> Row | None:
-    """The layout of `beside`, if it is legal here and fits."""
-    if not config.beside:
-        return None
-    words: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": "two_hop"} | config.beside
-    layout = replace(winner.layout, **words)
-    if illegal(config.model, layout, config.train.global_batch_size):
-        return None
-    return planner.row(layout)
+def beside_words(config: PlanConfig) -> dict[str, Any]:
+    """What `beside` names."""
+    return {} if config.beside is None else {k: v for k, v in asdict(config.beside).items() if v is not None}
+
+
+def beside_of(config: PlanConfig, planner: Planner, winner: Row) -> tuple[Row | None, str]:
+    """The layout of `beside`, or None and why it is not legal here."""
+    told: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": "two_hop"} | beside_words(config)
+    layout = replace(winner.layout, **told)
+    why = illegal(config.model, layout, config.train.global_batch_size)
+    return (None, f"not legal here, {why}") if why else (planner.row(layout), "")
 
 
 def show_terms(console: Console, winner: Row, beside: Row | None) -> None:
@@ -181,22 +195,23 @@ def doubts(config: PlanConfig, planner: Planner, layout: Layout) -> list[str]:
 
 def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: Goodput, console: Console) -> None:
     winner = plan.rows[0]
-    beside = beside_of(config, planner, winner)
+    words = " ".join(f"{name}={value}" for name, value in beside_words(config).items())
+    beside, where = beside_of(config, planner, winner) if words else (None, "")
     batch = config.train.global_batch_size
     spans = [interval(planner.step, row.layout, batch, config.doubt) for row in plan.rows[: config.show]]
-    rows = [as_row(config, n, row) for n, row in enumerate(plan.rows, start=1)]
-    for shown, span in zip_longest(rows, spans):
-        shown |= {"from_s": round(span.low, 3) if span else None, "to_s": round(span.high, 3) if span else None}
+    rows = [as_row(config, n, row, span) for n, (row, span) in enumerate(zip_longest(plan.rows, spans), start=1)]
     console.print(
         f"{plan.num_legal:,} legal layouts, {plan.num_fitting:,} fit {config.cluster.memory_gb:g} GB, "
         f"{len(rows)} of them replayed",
         highlight=False,
     )
-    console.print(as_table(rows[: config.show]))
+    show_table(console, rows[: config.show], SPARE)
     if beside is not None:
         place = next((n for n, row in enumerate(plan.rows, start=1) if row.layout == beside.layout), None)
-        where = f"rank {place} of {plan.num_fitting}" if place else "not among those replayed"
-        console.print(f"beside ({' '.join(f'{k}={v}' for k, v in (config.beside or {}).items())}): {where}")
+        where = f"row {place} of {plan.num_fitting}" if place else "not among those replayed"
+    if words:
+        console.print(f"beside ({words}): {where}", soft_wrap=True, highlight=False)
+    if beside is not None:
         show_verdict(console, "beside", planner, beside.layout, beside.memory)
     show_verdict(console, "winner", planner, winner.layout, winner.memory)
     show_terms(console, winner, beside)
@@ -206,7 +221,7 @@ def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: G
     show_neighbours(console, planner, winner)
     front = pareto(plan.rows)
     console.print("Pareto front of step time, memory and ranks")
-    console.print(as_table([as_row(config, plan.rows.index(row) + 1, row) for row in front[: config.show]]))
+    show_table(console, [as_row(config, plan.rows.index(row) + 1, row, None) for row in front[: config.show]], SPARE)
     if config.memory:
         show_memory(console, planner, winner)
     show_bill(console, config, bill, winner.layout.world)

@@ -9,7 +9,6 @@ python launch/pretrain.py -m optim.lr.peak=1e-3,3e-3 run.dir=runs/sweep    # a s
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import hydra
@@ -28,9 +27,9 @@ register()
 @hydra.main("pkg://conf", "pretrain", version_base="1.3")
 @one_line_errors()
 def main(settings: DictConfig) -> None:
-    config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     if is_sweep():
-        return leave_row(row_or_note(partial(train_ranks, config), swept_words()))
+        return leave_row(row_or_note(train_ranks, settings, swept_words()))
+    config: Config = OmegaConf.to_object(settings)  # type: ignore[assignment]
     from infra import distributed
     from launch.fit import alone_in, fit, open_run_folder, resume, with_data
     from launch.trainer import Trainer

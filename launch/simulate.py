@@ -44,7 +44,7 @@ from launch.files import check_folder, save
 from launch.summary import Row
 from launch.sweep import is_asked, is_sweep, job_number, leave_row, row_or_note, sweep, swept_words
 from model.config import ModelConfig
-from parallel.config import check_choice
+from parallel.config import check_at_least, check_choice
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
 from parallel.pipeline.dualpipe import shortfall
@@ -72,8 +72,8 @@ class PipelineConfig:
 
     def __post_init__(self) -> None:
         check_choice("parallel.schedule", self.schedule, (*SCHEDULES, *MADE_FOR_COSTS))
-        check_positive("parallel.pp", self.pp)
-        check_positive("parallel.stages_per_rank", self.stages_per_rank)
+        check_at_least("parallel.pp", self.pp)
+        check_at_least("parallel.stages_per_rank", self.stages_per_rank)
 
 
 @dataclass
@@ -122,14 +122,9 @@ class SimulateConfig:
             self.unit = "ms"
         elif self.cluster is not None:
             self.unit = "s"
-        check_positive("num_microbatches", self.num_microbatches)
-        check_positive("num_runs", self.num_runs)
+        check_at_least("num_microbatches", self.num_microbatches)
+        check_at_least("num_runs", self.num_runs)
         check_choice("unit", self.unit, MICROSECONDS)
-
-
-def check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1")
 
 
 def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
@@ -352,28 +347,27 @@ ConfigStore.instance().store(name="simulate_schema", node=SimulateConfig)
 @hydra.main("pkg://conf", "simulate", version_base="1.3")
 @one_line_errors()
 def run(composed: DictConfig) -> None:
-    config = cast(SimulateConfig, OmegaConf.to_object(composed))
     overrides = list(HydraConfig.get().overrides.task)
     if not is_sweep():
-        return run_once(config, overrides, Console())
+        return run_once(cast(SimulateConfig, OmegaConf.to_object(composed)), overrides, Console())
     known: Row = {
-        "schedule": config.parallel.schedule_csv or config.parallel.schedule,
-        "pp": config.parallel.pp,
-        "num_microbatches": config.num_microbatches,
+        "schedule": composed.parallel.schedule_csv or composed.parallel.schedule,
+        "pp": composed.parallel.pp,
+        "num_microbatches": composed.num_microbatches,
         **{name: value for name, value in swept_words().items() if name not in _NAMED},
         "step_time": None,
         "bubble_fraction": None,
         "peak_activations": None,
         "note": "",
     }
-    leave_row(row_or_note(partial(row_of, config, overrides), known))
+    leave_row(row_or_note(partial(row_of, overrides=overrides), composed, known))
 
 
 def main() -> None:
     gc.set_threshold(YOUNG)
     if is_asked(sys.argv):
         by, scatter = ("pp", "num_microbatches", "step_time"), ("peak_activations", "step_time")
-        sweep(run, "out", "simulated steps", by=by, scatter=scatter, always=SHOWN)
+        sweep(run, "out", "simulated steps", by=by, scatter=scatter, always=SHOWN, spare=("peak_activations",))
     else:
         run()
 

@@ -6,7 +6,6 @@ python launch/status.py runs/first
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -147,7 +146,7 @@ def main() -> None:
     try:
         found = figures(folder, time.time())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     Console(highlight=False, markup=False).print(shown(folder, found))
 
 

@@ -5,25 +5,66 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
+LEAST_TEXT = 20  # columns in which a cell of text is broken between words
 Row = dict[str, Any]  # values are text, numbers, or None for what is not known
 
 
-def as_table(rows: Sequence[Row]) -> Table:
-    """For the terminal. Numbers with six digits, shares (keys with "fraction") in per cent."""
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+def show_table(console: Console, rows: Sequence[Row], spare: Sequence[str] = ()) -> None:
+    """Prints the table without the columns that know nothing, and, where it is wider than the console, without those
+    of `spare`, the first first; says which."""
+    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    unbounded = console.options.update(max_width=10_000)
+    without = list[str]()
+    for name in (*(one for one in spare if one in keys), None):
+        table = _as_table([{key: row[key] for key in keys if key not in without} for row in rows])
+        width = console.measure(table, options=unbounded).minimum
+        if width <= console.width or name is None:
+            break
+        without.append(name)
+    if width > console.width:
+        table.width = width  # what is cut off is lost
+    console.print(table, crop=False)
+    if without:
+        names = ", ".join(name.replace("_", " ") for name in without)
+        console.print(f"too wide for here: {names}", style="dim", highlight=False)
+
+
+def _as_table(rows: Sequence[Row]) -> Table:
+    """For the terminal. Numbers with six digits, shares (keys with "fraction") in per cent; only text is wrapped."""
+    table, columns = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False), []
     for key in rows[0]:
         numeric = any(isinstance(row[key], int | float) for row in rows)
-        header = key.replace("_", "\n")
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_text(key, value) for key, value in row.items()))
+        header = re.sub("[_.]", lambda sign: sign[0].strip("_") + "\n", key)
+        cells = _aligned([_text(key, row[key]) for row in rows]) if numeric else [_text(key, row[key]) for row in rows]
+        columns.append(cells)
+        widest = max(map(len, [*header.split("\n"), *cells]))
+        table.add_column(
+            header, justify="right" if numeric else "left", no_wrap=numeric,
+            min_width=widest if numeric else min(widest, LEAST_TEXT),
+        )  # fmt: skip
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
     return table
+
+
+def _aligned(numbers: list[str]) -> list[str]:
+    """With the decimal points, where there are any, below each other."""
+    decimals = [len(text.removesuffix(" %").partition(".")[2]) for text in numbers]
+    most = max(decimals)
+    if not most or not all(re.fullmatch(r"-|-?\d+(\.\d+)?( %)?", text) for text in numbers):
+        return numbers
+    return [
+        text if text == "-" or one == most else f"{float(text):.{most}f}"
+        for text, one in zip(numbers, decimals, strict=True)
+    ]
 
 
 def _text(key: str, value: Any) -> str:

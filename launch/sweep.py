@@ -21,11 +21,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from launch.errors import explain, one_line_errors
-from launch.files import save
-from launch.summary import Row, as_csv, as_html, as_table
+from launch.files import check_folder, save
+from launch.summary import Row, as_csv, as_html, show_table
 
 FOLDER = "BRAID_SWEEP"  # what `hydra.sweep.dir` is taken from: jobs inherit it
 PLACES = ("out", "run.dir")
@@ -63,11 +64,12 @@ def leave_row(row: Row) -> None:
     save(Path(HydraConfig.get().sweep.dir) / f"{job_number():06d}.json", json.dumps(row))
 
 
-def row_or_note(make: Callable[[], dict[str, Any]], known: Row) -> Row:
-    """`known` and what `make` adds. A job that cannot be does not end the others: its row says why, in `note`."""
+def row_or_note(make: Callable[[Any], dict[str, Any]], composed: DictConfig, known: Row) -> Row:
+    """`known` and what `make` adds, given the composed configuration as an object. A job that cannot be does not end
+    the others: its row says why, in `note`."""
     try:
-        return known | make()
-    except (ValueError, RuntimeError) as error:
+        return known | make(OmegaConf.to_object(composed))
+    except Exception as error:
         line = explain(error)
         if line is None:
             raise
@@ -91,22 +93,26 @@ def sweep(
     by: Sequence[str],
     scatter: tuple[str, str],
     always: Sequence[str] = (),
+    spare: Sequence[str] = (),
 ) -> None:
     """Runs all jobs; shows one table, and writes it as summary.csv and summary.html to what `place=` names.
 
-    by: the columns that sort the rows. always: those to show even if they never change. scatter: the axes of the plot.
+    by: the columns that sort the rows. always: those to show even if they never change. spare: those that a narrow
+    terminal does without. scatter: the axes of the plot.
     """
     words = sys.argv[1:]
     out = next((word.partition("=")[2] for word in reversed(words) if word.startswith(f"{place}=")), None)
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SystemExit("error: a sweep (-m) starts the ranks of its runs itself: use python, not torchrun")
-    with sweep_folder(out) as folder, one_line_errors():
-        main()
-        rows = left_rows(folder)
-    if rows:
-        show_rows(rows, out, f"{len(rows)} {title}", by, scatter, always, Console())
-    if refused := "\n".join(dict.fromkeys(f"error: {row['note']}" for row in rows if row.get("note"))):
-        raise SystemExit(refused)
+    with one_line_errors():
+        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("a sweep (-m) starts the ranks of its runs itself: use python, not torchrun")
+        check_folder(place, out)
+        with sweep_folder(out) as folder:
+            main()
+            rows = left_rows(folder)
+        if rows:
+            show_rows(rows, out, f"{len(rows)} {title}", by, scatter, always, spare, Console())
+        if refused := sum(bool(row.get("note")) for row in rows):
+            raise RuntimeError(f"{refused} of {len(rows)} {title} could not be: the table says why")
 
 
 def show_rows(
@@ -116,16 +122,26 @@ def show_rows(
     by: Sequence[str],
     scatter: tuple[str, str],
     always: Sequence[str],
+    spare: Sequence[str],
     console: Console,
 ) -> None:
-    """The one table, without columns that never change."""
+    """The one table, without columns that never change. Why a job could not be stands below, under its number."""
     last = float("inf")
     rows = sorted(rows, key=lambda row: tuple(last if row.get(name) is None else row[name] for name in by))
     names = list(dict.fromkeys(name for row in rows for name in row))
     results = {*always, *by, *scatter}
     keys = [name for name in names if name in results or len({str(row.get(name)) for row in rows}) > 1]
     rows = [{key: row.get(key) for key in keys} for row in rows]
-    console.print(as_table([{key: row[key] for key in keys if key not in HIDDEN} for row in rows]))
+    notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+    shown = [{key: row[key] for key in keys if key not in HIDDEN} for row in rows]
+    if notes:
+        shown = [
+            brief | {"note": f"({notes.index(row['note']) + 1})" if row.get("note") else ""}
+            for brief, row in zip(shown, rows, strict=True)
+        ]
+    show_table(console, shown, spare)
+    for number, note in enumerate(notes, start=1):
+        console.print(f"({number}) {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
         save(Path(out) / "summary.csv", as_csv(rows))
         save(Path(out) / "summary.html", as_html(rows, title, scatter if set(scatter) <= set(keys) else None))

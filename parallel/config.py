@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parallel.expert import DISPATCH_DTYPES, DISPATCHERS
@@ -18,6 +19,12 @@ def check_choice(name: str, value: object, choices: object) -> None:
     """Raises ValueError with the choices when `value` is none of them."""
     if value not in choices:  # type: ignore[operator]
         raise ValueError(f"{name}={value}: expected one of {', '.join(map(str, choices))}")  # type: ignore[call-overload]
+
+
+def check_at_least(name: str, value: float, least: int = 1) -> None:
+    """Raises ValueError unless `value`, the option `name`, is a finite number of at least `least`."""
+    if not least <= value < math.inf:  # nan is refused too
+        raise ValueError(f"{name}={value}: must be at least {least}" + ("" if math.isfinite(value) else ", and finite"))
 
 
 def check_divides(name: str, size: int, microbatch_size: int, dp: int) -> None:

@@ -97,12 +97,19 @@ def work_hours(
 def goodput(
     cluster: ClusterConfig, world: int, useful_hours: float, checkpoint_bytes: float, repair_hours: float = 24.0
 ) -> Goodput:
-    """The bill of a run that needs `useful_hours` of steps; every node writes its part of a checkpoint at once."""
+    """The bill of a run that needs `useful_hours` of steps; every node writes its part of a checkpoint at once. Raises
+    ValueError where failures come so often that it would never end."""
     nodes = max(1, world // cluster.ranks_per_node)
     mtbf = cluster.mtbf_hours * HOUR / world
     save = checkpoint_bytes / (nodes * 1e9 * cluster.storage_gbs)
-    interval = best_interval(save, mtbf)
-    hours = expected_time(useful_hours * HOUR, interval, save, cluster.restart_s, mtbf) / HOUR
+    try:
+        interval = best_interval(save, mtbf)
+        hours = expected_time(useful_hours * HOUR, interval, save, cluster.restart_s, mtbf) / HOUR
+    except OverflowError:
+        raise ValueError(
+            f"cluster.mtbf_hours={cluster.mtbf_hours:g}: {world} ranks fail every {mtbf:.2g} s, but a checkpoint takes "
+            f"{save:.2g} s and a restart {cluster.restart_s:g} s, so that no run would end: raise it"
+        ) from None
     spare_nodes = spares(repair_hours * HOUR / mtbf)
     gpu_hours = hours * world
     paid = hours * (world + spare_nodes * min(world, cluster.ranks_per_node))

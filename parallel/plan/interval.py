@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import log1p, sqrt
+from math import inf, log1p, sqrt
 
 import numpy as np
 
@@ -40,9 +40,9 @@ class Ranges:
     network: list[float] = field(default_factory=lambda: [0.95, 1.15])
 
     def __post_init__(self) -> None:
-        for name, least in (("expert_load", 0.0), ("slow_rank", 1.0), ("jitter", 0.0), ("kernels", 0), ("network", 0)):
+        for name, least in (("expert_load", 0), ("slow_rank", 1), ("jitter", 0), ("kernels", 0.01), ("network", 0.01)):
             ends = getattr(self, name)
-            if ends is not None and (len(ends) != 2 or not least <= ends[0] <= ends[1]):
+            if ends is not None and (len(ends) != 2 or not least <= ends[0] <= ends[1] < inf):
                 raise ValueError(f"doubt.{name}={ends}: expected [least, most], from {least:g} up, as in [1.0, 1.05]")
 
 

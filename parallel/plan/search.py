@@ -91,12 +91,12 @@ class Planner:
         result: list[tuple[str, Row | None, str]] = []
         for other in self._one_word_away(winner):
             changed = {name: mine for name, (mine, _) in other.differs(winner).items() if name != "world"}
-            words = " ".join(f"{name}={value}" for name, value in changed.items())
+            words = " ".join(f"{name}={_show(value)}" for name, value in changed.items())
             fullest = self.memory.fullest(other, self.global_batch_size)
             if fullest.total > self.limit:
                 why = f"does not fit: {fullest.total / 1e9:.1f} of {self.step.cluster.memory_gb:g} GB"
                 if found := smallest_change(self.memory, other, self.global_batch_size):
-                    change = " ".join(f"{name}={new}" for name, (_, new) in other.differs(found[0]).items())
+                    change = " ".join(f"{name}={_show(new)}" for name, (_, new) in other.differs(found[0]).items())
                     why += f"; {change} would make it {found[1].total / 1e9:.1f}"
                 result.append((words, None, why))
             else:

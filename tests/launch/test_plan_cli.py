@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from conf.schema import register
 from launch import plan as cli
 from launch.batches import check_batches
-from launch.plan_report import EVAL_SAMPLES, line_of, sparkline
+from launch.plan_report import eval_samples, line_of, sparkline
 from launch.validate import config_of
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.plan.layout import Layout
@@ -34,12 +34,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
     def run(*words: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-        refused = ""
+        code = 0
         try:
             cli.main()
         except SystemExit as stop:
-            refused = str(stop.code)
-        return capsys.readouterr().out, refused
+            code = stop.code
+        said = capsys.readouterr()
+        assert code == (2 if said.err else 0)
+        return said.out, said.err
 
     return run
 
@@ -79,11 +81,11 @@ def test_a_line_trains_on_the_ranks_of_its_plan() -> None:
     told = config_of("model=debug", "train.global_batch_size=1152")
     register()
     with initialize_config_module("conf", version_base="1.3"):
-        assert compose("pretrain").train.eval_samples == EVAL_SAMPLES
+        assert compose("pretrain").train.eval_samples == eval_samples()
         for world, schedule, microbatch_size in product((4, 48), SCHEDULES, (1, 3)):
             layout = Layout(world, 2, 2, 1, schedule, "local", microbatch_size=microbatch_size)
             line = line_of(told, "debug", layout)
-            assert ("train.eval_samples=" in line) == bool(EVAL_SAMPLES % layout.least_batch)
+            assert ("train.eval_samples=" in line) == bool(eval_samples() % layout.least_batch)
             config = OmegaConf.to_object(compose("pretrain", line.split()))
             check_batches(config.train, config.parallel.make_schedule, layout.dp)  # type: ignore[union-attr]
 
@@ -99,11 +101,26 @@ def test_a_line_trains_on_the_ranks_of_its_plan() -> None:
         (("cluster.memory_gb=0.01",), "none of .* layouts fits 0.01 GB"),
         (("parallel.schedul=3",), "parallel.schedul: no such option; did you mean parallel.schedule"),
         (("exact=0",), "exact=0: must be at least 1"),
+        (("worlds=0",), r"worlds=0: numbers of ranks, 1 or more each, as in worlds=\[256,512\]"),
+        (("worlds=[4,-8]",), r"worlds=\[4, -8\]: numbers of ranks"),
+        (("train.tokens=-1",), "train.tokens=-1.0: must be at least 1"),
+        (("train.tokens=inf",), "train.tokens=inf: must be at least 1, and finite"),
+        (("train.microbatch_size=0",), "train.microbatch_size=0: must be at least 1"),
+        (("train.ramp_from=17",), "train.ramp_from=17 is above train.global_batch_size=16, where the ramp ends"),
+        (("data.sequence_length=0",), "data.sequence_length=0: must be at least 1"),
+        (("imbalance=nan",), "imbalance=nan: a factor on times"),
+        (("beside={schedule:2f2b}",), "beside.schedule=2f2b: expected one of gpipe"),
+        (("beside={stages:2}",), "beside.stages: no such option"),
+        (("cluster.restart_s=-5",), "cluster.restart_s=-5.0 must be at least 0"),
+        (("cluster.mtbf_hours=1e-6",), "4 ranks fail every 0.0009 s, .* so that no run would end: raise it"),
+        (("doubt.network=[0,1]",), r"doubt.network=\[0.0, 1.0\]: expected \[least, most\], from 0.01 up"),
+        (("out=",), "out= is empty: name a folder"),
         ((f"out={__file__}",), "test_plan_cli.py is a file: name a folder"),
     ],
 )
 def test_wrong_input_ends_in_one_line(run: Run, words: tuple[str, ...], line: str) -> None:
-    _, refused = run(*SMALL, *words)
+    printed, refused = run(*SMALL, *words)
+    assert printed == ""
     assert re.search(line, refused), refused
     assert "\n" not in refused.strip()
 

@@ -31,7 +31,7 @@ def test_held_out_documents_are_evaluated_on(tmp_path: Path) -> None:
 
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     failed = prepare_data(tmp_path, "source=a.txt", "out=d")
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].startswith("error: source=a.txt matches no file")
     assert "Traceback" not in failed.stderr
     assert not list(tmp_path.iterdir())

@@ -206,7 +206,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(data, 
         (["train.batch_ramp.start=3", "train.microbatch_size=2"], "train.batch_ramp.start=3 does not divide"),
     ],
 )
-def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
+def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, capsys, arguments, words):
     """In this process: a fresh one for each would spend its time importing torch."""
     options = [*SMALL, f"data.path={data}", f"run.dir={tmp_path / 'run'}", "train.steps=2", *arguments]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch/pretrain.py"), *options])
@@ -215,8 +215,8 @@ def test_wrong_input_is_one_line(data, tmp_path, monkeypatch, arguments, words):
             pretrain.main()
     finally:
         distributed.stop()
-    message = stopped.value.code
-    assert isinstance(message, str)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert len(message.splitlines()) == 1
     assert words in message

@@ -20,12 +20,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
     def run(*words: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["slurm.py", *words])
-        refused = ""
+        code = 0
         try:
             slurm.main()
         except SystemExit as stop:
-            refused = str(stop.code)
-        return capsys.readouterr().out, refused
+            code = stop.code
+        said = capsys.readouterr()
+        assert code == (2 if said.err else 0)
+        return said.out, said.err
 
     return run
 

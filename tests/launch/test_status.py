@@ -127,19 +127,21 @@ def test_what_is_damaged_is_passed_over(tmp_path):
         ("7", "no train.steps"),
     ],
 )
-def test_what_is_no_run_is_one_line(tmp_path, monkeypatch, config, words):
+def test_what_is_no_run_is_one_line(tmp_path, monkeypatch, capsys, config, words):
     if config is not None:
         (tmp_path / "config.yaml").write_text(config)
     monkeypatch.setattr(sys, "argv", ["status.py", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         status.main()
-    message = str(stopped.value.code)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert words in message
     assert len(message.splitlines()) == 1
 
 
-def test_a_folder_that_does_not_exist_is_one_line(tmp_path, monkeypatch):
+def test_a_folder_that_does_not_exist_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["status.py", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="does not exist"):
+    with pytest.raises(SystemExit, match="2"):
         status.main()
+    assert "does not exist" in capsys.readouterr().err
