@@ -36,6 +36,7 @@ from infra import sources
 from infra.sources import FORMATS, Unit, find_sources, plan_units, read_documents
 from infra.token_file import SPLITS, VERSION, DataError, Header, Split, read_header, token_dtype
 from infra.tokenizer import Tokenizer, identity, load_tokenizer, tokenizer_from_json, train_bpe
+from infra.wording import counted
 
 
 @dataclass
@@ -144,11 +145,12 @@ def _prepare(config: PrepareConfig, out: Path, partial: Path, quiet: bool) -> He
     _make_shards(units, shards, config, tokenizer, vocab_size, quiet)
     header, num_skipped = join_shards(shards, partial / "joined", tokenizer, vocab_size)
     if num_skipped:
-        say(f"left out {num_skipped} of {len(paths)} files that are not UTF-8 text")
+        say(f"left out {num_skipped} of {counted(len(paths), 'file')}, not UTF-8 text")
     if not header.train.num_documents:
+        held_out, skipped = counted(header.held_out.num_documents, "document"), counted(num_skipped, "file")
         raise DataError(
-            f"source={config.source} holds no text to train on ({header.held_out.num_documents} documents held out, "
-            f"{num_skipped} files not UTF-8); give other files or a smaller held_out"
+            f"source={config.source} holds no text to train on ({held_out} held out, {skipped} not UTF-8); "
+            "give other files or a smaller held_out"
         )
     (partial / "joined").rename(out)
     return header

@@ -13,6 +13,7 @@ import yaml
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import check_choice
+from parallel.expert import default_dispatcher
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs
@@ -97,7 +98,7 @@ def planned_costs(
     check_choice("parallel.schedule with cluster=", schedule.name, SCHEDULES)
     world = int(layout.get("world", cluster.num_ranks))
     words: dict[str, Any] = {"world": world, "ranks_per_node": min(cluster.ranks_per_node, world)} | layout
-    words.setdefault("dispatcher", "two_hop" if words.get("ep", 1) > 1 else "local")
+    words.setdefault("dispatcher", default_dispatcher(words.get("ep", 1)))
     chosen = Layout(pp=schedule.num_ranks, schedule=schedule.name, **words)
     batch = schedule.num_microbatches * (world // schedule.num_ranks) * chosen.microbatch_size
     if why := illegal(model, chosen, batch):

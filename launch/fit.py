@@ -16,11 +16,11 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from conf.schema import Config
 from infra import checkpoint, incidents
@@ -29,11 +29,14 @@ from infra.metrics import Metrics, read_records
 from infra.prepare import prepare_default
 from infra.run_lock import locked
 from infra.token_file import read_tokenizer
+from infra.wording import counted
 from launch.files import save
 from launch.hang import watchdog
+from launch.layout import checked_mesh
 from launch.rollback import left_out, roll_back
 from launch.trainer import Trainer
 from launch.waits import Waits
+from parallel.config import shown_layout
 
 DEFAULT_DATA = Path("data/python_stdlib")
 
@@ -42,6 +45,7 @@ def with_data(config: Config, world: World) -> Config:
     """The config with its data in place: where none is named, the default data set, made on first use by rank 0."""
     if config.data.path:
         return config
+    checked_mesh(config, world.size)  # so that what cannot run is refused before seconds of work
     error: Exception | None = None
     if world.is_main:
         try:
@@ -68,12 +72,12 @@ def alone_in(folder: Path, world: World) -> Iterator[None]:
         yield
 
 
-def open_run_folder(config: Config, settings: DictConfig, overrides: list[str]) -> None:
+def open_run_folder(config: Config, overrides: list[str]) -> None:
     """Writes config.yaml, headed by what made it, and the data's tokenizer, so that the run is whole by itself."""
     folder = Path(config.run.dir)
     head = f"# revision: {_revision()}\n# overrides: {' '.join(overrides)}\n"
     try:
-        save(folder / "config.yaml", head + OmegaConf.to_yaml(settings, resolve=True))
+        save(folder / "config.yaml", head + OmegaConf.to_yaml(OmegaConf.structured(config)))
         save(folder / "tokenizer.json", read_tokenizer(config.data.path).to_json())
     except OSError as error:
         raise ValueError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from None
@@ -169,24 +173,26 @@ def resume(trainer: Trainer) -> None:
         existing = checkpoint.folders(checkpoints)
         if existing and not config.checkpoint.resume:
             raise ValueError(
-                f"run.dir={config.run.dir} holds {len(existing)} checkpoints of an earlier run: "
+                f"run.dir={config.run.dir} holds {counted(len(existing), 'checkpoint')} of an earlier run: "
                 "choose another run.dir, or checkpoint.resume=true to go on with that one"
             )
     newest = checkpoint.newest(checkpoints, note_damage)
     if existing:
         if newest is None:
-            raise ValueError(f"all {len(existing)} checkpoints in {checkpoints} are damaged: choose another run.dir")
+            raise ValueError(
+                f"{counted(len(existing), 'checkpoint')} in {checkpoints}, none of them whole: choose another run.dir"
+            )
         step = checkpoint.step_of(newest)
         before = read_records(folder)
         lost = max(0, before[-1]["step"] - step) if before else 0
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if step < config.train.steps:
-            why = f"from step {step}, {lost} steps are repeated"
+            why = f"from step {step}, repeating {counted(lost, 'step')}"
             incidents.note(folder, "resumed", step, why, lost=lost, attempt=attempt)
     if newest is not None:
         changed = trainer.load(newest)
-        if changed and trainer.world.is_main:
-            print(f"{folder} goes on from step {trainer.step} with {', '.join(changed)}")
+        if trainer.world.is_main and trainer.step < config.train.steps:
+            print(f"{folder} goes on from step {trainer.step}" + f" with {', '.join(changed)}" * bool(changed))
     trainer.losses.left_out = max(trainer.losses.left_out, left_out(folder), key=len)
 
 
@@ -203,7 +209,10 @@ def _metrics(trainer: Trainer, folder: Path) -> Metrics:
 
 
 def _places(trainer: Trainer, checkpoints: Path, waits: Waits) -> dict[str, Any]:
-    places: dict[str, Any] = {"config": checkpoints.parent / "config.yaml"}
+    places: dict[str, Any] = {
+        "layout": shown_layout(asdict(trainer.config.parallel)),
+        "config": checkpoints.parent / "config.yaml",
+    }
     newest = checkpoints / f"step_{trainer.step}"
     timeline = checkpoints.parent / "trace" / "timeline.html"
     if timeline.exists():

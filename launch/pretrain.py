@@ -40,7 +40,7 @@ def main(settings: DictConfig) -> None:
     with alone_in(Path(config.run.dir), world):
         resume(trainer)
         if world.is_main and trainer.step < config.train.steps:
-            open_run_folder(config, settings, list(HydraConfig.get().overrides.task))
+            open_run_folder(config, list(HydraConfig.get().overrides.task))
         fit(trainer)
     distributed.stop()
 

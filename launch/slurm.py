@@ -32,11 +32,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from conf.schema import Config, register
-from launch.batches import check_batches
 from launch.errors import one_line_errors
 from launch.files import save
-from parallel.mesh import MeshConfig
-from parallel.pipeline.split import split_layers
+from launch.layout import checked_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEXT = ("line=", "plan=", "run.dir=", "name=", "time=", "python=")
@@ -114,13 +112,8 @@ def checked_words(config: SlurmConfig, words: list[str], world: int) -> list[str
     register()
     with initialize_config_module("conf", version_base="1.3"):
         run = cast(Config, OmegaConf.to_object(compose("pretrain", words)))
-    parallel, train = run.parallel, run.train
     try:
-        mesh = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world)
-        mesh.check_experts(run.model.n_routed_experts, run.model.n_group)
-        check_batches(train, parallel.make_schedule, mesh.dp)
-        schedule = parallel.make_schedule(train.global_batch_size // (mesh.dp * train.microbatch_size))
-        split_layers(run.model, schedule.num_stages, parallel.layers_per_stage)
+        checked_mesh(run, world)
     except ValueError as error:
         raise ValueError(f"{error} (on {world} ranks)") from None
     return words

@@ -19,8 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from infra import checkpoint, incidents, run_lock
-from infra.metrics import FILE, duration, read_records
+from infra.metrics import FILE, loss_text, read_records
+from infra.wording import counted, duration
 from launch.waits import Waits
+from parallel.config import shown_layout
 
 LATELY = 50  # steps that the rate and the waits are taken from
 SHOWN = 8  # incidents, the last ones
@@ -95,7 +97,7 @@ def shown(folder: Path, found: dict[str, Any]) -> RenderableType:
     table.add_column()
     step, steps, record = found["step"], found["steps"], found["record"]
     good = found["state"] in ("running", "finished")
-    table.add_row("run", f"{folder}  ({_layout(found['parallel'])})")
+    table.add_row("run", f"{folder}  ({shown_layout(found['parallel'])})")
     table.add_row("state", Text(found["state"], style="green" if good else "yellow"))
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=steps, completed=min(step, steps), width=40), f"step {step}/{steps}")
@@ -106,15 +108,15 @@ def shown(folder: Path, found: dict[str, Any]) -> RenderableType:
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + found["left"]))
         table.add_row("left", f"{duration(found['left'])} of steps" + f", to {end}" * (found["state"] == "running"))
     if "loss" in record:
-        table.add_row("loss", _loss(record))
+        table.add_row("loss", loss_text(record))
     if record.get("skipped_steps"):
-        table.add_row("skipped", f"{record['skipped_steps']} steps whose numbers were not finite")
+        table.add_row("skipped", f"{counted(record['skipped_steps'], 'step')} whose numbers were not finite")
     table.add_row("checkpoint", _saved(found["checkpoint"], step))
     if found["waits"]:
         table.add_row("waited for", found["waits"])
     counts = Counter(incident["kind"] for incident in found["incidents"])
-    counted = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.most_common())
-    table.add_row("incidents", counted or "none")
+    kinds = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.most_common())
+    table.add_row("incidents", kinds or "none")
     lines = Table.grid(padding=(0, 2))
     for incident in found["incidents"][-SHOWN:]:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(incident["time"]))
@@ -122,20 +124,10 @@ def shown(folder: Path, found: dict[str, Any]) -> RenderableType:
     return Group(table, lines)
 
 
-def _layout(parallel: dict[str, Any]) -> str:
-    return " ".join(f"{key}={parallel[key]}" for key in ("pp", "ep", "schedule", "dispatcher") if key in parallel)
-
-
-def _loss(record: dict[str, Any]) -> str:
-    words = {"loss": "", "nats_per_byte": " nats/byte", "eval_loss": " held-out"}
-    known = [(record[key], word) for key, word in words.items() if key in record]
-    return ", ".join("not finite" if value is None else f"{value:.4f}{word}" for value, word in known)
-
-
 def _saved(saved: dict[str, Any] | None, step: int) -> str:
     if saved is None:
         return "none yet"
-    behind = f", {step - saved['step']} steps behind" if step > saved["step"] else ""
+    behind = f", {counted(step - saved['step'], 'step')} behind" if step > saved["step"] else ""
     return f"step {saved['step']}, {duration(max(0.0, saved['age']))} ago, {saved['bytes'] / 1e6:,.1f} MB{behind}"
 
 

@@ -25,11 +25,11 @@ from infra.ema import Ema
 from infra.optim import Reduction, clip_gradients, discard_gradients, global_grad_norm, update
 from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
-from launch.batches import check_batches
+from launch.layout import checked_mesh
 from model.moe import updated_bias
 from parallel import state
 from parallel.expert.traffic import load_figures
-from parallel.mesh import Group, Mesh, MeshConfig
+from parallel.mesh import Group, Mesh
 from parallel.parallelize import parallelize
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.measure import bubble_fraction, clock_offset
@@ -62,9 +62,8 @@ class Trainer:
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
         train, parallel = config.train, config.parallel
-        mesh_config = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world.size)
+        mesh_config = checked_mesh(config, world.size)
         self._schedule = lru_cache(maxsize=None)(parallel.make_schedule)
-        check_batches(train, self._schedule, mesh_config.dp)
         self.mesh = Mesh(mesh_config, world.timeout)
         self.total_samples = lr.total_samples(train.steps, train.global_batch_size, train.batch_ramp)
         self.train_data = self._open("train", config.data.fim_rate)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from parallel.expert import DISPATCH_DTYPES, DISPATCHERS
+from parallel.expert import DISPATCH_DTYPES, DISPATCHERS, default_dispatcher
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import PAIRABLE, pair_up
 from parallel.pipeline.schedules import SCHEDULES
@@ -43,7 +46,7 @@ class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
 
     schedule: one of `SCHEDULE_NAMES`.
-    dispatcher: how tokens reach their experts; `local` needs ep=1.
+    dispatcher: how tokens reach their experts; `auto` becomes the `default_dispatcher` of ep.
     dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`. Under recompute=full, rows
         that came as `fp8` wait for the backward in FP8, others in the dtype of the model.
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
@@ -61,7 +64,7 @@ class ParallelConfig:
     ep: int = 1
     ranks_per_node: int = 8
     schedule: str = "1f1b"
-    dispatcher: str = "local"
+    dispatcher: str = "auto"
     dispatch_dtype: str = "native"
     force_balance: bool = False
     overlap: bool = True
@@ -71,8 +74,10 @@ class ParallelConfig:
     layers_per_stage: list[int] | None = None
 
     def __post_init__(self) -> None:
+        if self.dispatcher == "auto":
+            self.dispatcher = default_dispatcher(self.ep)
         check_choice("parallel.schedule", self.schedule, SCHEDULE_NAMES)
-        check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
+        check_choice("parallel.dispatcher", self.dispatcher, ("auto", *DISPATCHERS))
         check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
         check_choice("parallel.zero_stage", self.zero_stage, (0, 1))
@@ -85,7 +90,7 @@ class ParallelConfig:
         if self.ep > 1 and self.dispatcher == "local":
             raise ValueError(
                 f"parallel.dispatcher=local holds every expert on its rank, but parallel.ep={self.ep} shares them: "
-                "use parallel.dispatcher=all_to_all or two_hop"
+                "use parallel.dispatcher=auto"
             )
 
     def make_schedule(self, num_microbatches: int) -> Schedule:
@@ -97,6 +102,16 @@ class ParallelConfig:
         if self.schedule != "auto":
             schedule = SCHEDULES[self.schedule](self.pp, num_microbatches)
             return pair_up(schedule) if self.overlap and self.ep > 1 and self.schedule in PAIRABLE else schedule
-        from parallel.pipeline.auto import auto  # compiled code that only a search needs
+        return _searched(self.pp, num_microbatches)
 
-        return auto(self.pp, num_microbatches, memory_limit=self.pp + 1, shape="v")
+
+@cache
+def _searched(pp: int, num_microbatches: int) -> Schedule:
+    from parallel.pipeline.auto import auto  # compiled code that only a search needs
+
+    return auto(pp, num_microbatches, memory_limit=pp + 1, shape="v")
+
+
+def shown_layout(parallel: Mapping[str, Any]) -> str:
+    """The words of the command line that say most, from `parallel` of a config."""
+    return " ".join(f"{key}={parallel[key]}" for key in ("pp", "ep", "schedule", "dispatcher") if key in parallel)

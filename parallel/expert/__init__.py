@@ -50,3 +50,8 @@ DISPATCHERS: dict[str, Callable[[Mesh, DispatchConfig], Dispatcher]] = {
     "two_hop": _two_hop,
     "deep_ep": _deep_ep,
 }
+
+
+def default_dispatcher(ep: int) -> str:
+    """Where experts are shared, V3's: inside one node its two hops are one, which sends no row twice to a rank."""
+    return "two_hop" if ep > 1 else "local"

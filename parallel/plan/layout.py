@@ -15,6 +15,7 @@ from typing import Any
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
 from parallel.config import ParallelConfig, check_divides
+from parallel.expert import default_dispatcher
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import PAIRABLE
@@ -143,7 +144,7 @@ def layouts(
     inner = [name for name in choices if name not in outer]
     for values in product(*(choices[name] for name in outer)):
         shape = replace(base, **dict(zip(outer, values, strict=True)))
-        probe = replace(shape, dispatcher="local" if shape.ep == 1 else "two_hop")
+        probe = replace(shape, dispatcher=default_dispatcher(shape.ep))
         if (shape.pp == 1 and shape.schedule != "1f1b" and not fixed.get("schedule")) or illegal(
             model, probe, global_batch_size
         ):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from parallel.expert import default_dispatcher
 from parallel.plan.layout import Layout, illegal, layouts
 from parallel.plan.memory import MemoryModel, RankMemory, smallest_change
 from parallel.plan.step import StepModel, StepTime
@@ -124,7 +125,7 @@ class Planner:
         told = {name: value for name, value in fixed.items() if value is not None}
         world, model = worlds[0], self.step.model
         deepest = max(pp for pp in range(1, model.num_hidden_layers + 1) if world % pp == 0)
-        words = {"pp": deepest, "dispatcher": "local" if told.get("ep", 1) == 1 else "two_hop"} | told
+        words: dict[str, Any] = {"pp": deepest, "dispatcher": default_dispatcher(told.get("ep", 1))} | told
         probe = replace(Layout(world, min(self.step.cluster.ranks_per_node, world)), **words)
         why = illegal(model, probe, self.global_batch_size)
         if why is None:

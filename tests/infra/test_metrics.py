@@ -95,7 +95,7 @@ def test_plain_lines_now_and_then_where_there_is_no_terminal(tmp_path: Path) -> 
     lines = text(console).splitlines()
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == [1, 10, 13, 20, 25]
     assert re.fullmatch(r"step 10/25  loss 0.5500  1,23\d tokens/s  left \d:\d\d:\d\d", lines[1])
-    assert "(3.0000 held-out, 2.0000 held-out nats/byte)" in lines[2]
+    assert "(held out 2.0000)" in lines[2]
 
 
 def test_one_live_line_in_a_terminal(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_files_that_are_not_text_are_left_out_and_counted(tmp_path: Path, capsys
     (tmp_path / "s" / "empty.txt").write_text("")
     prepare(PrepareConfig(source=str(tmp_path / "s"), out=str(tmp_path / "d"), held_out=0, workers=1))
     assert texts_of(tmp_path / "d") == ["text"]
-    assert "left out 1 of 3 files that are not UTF-8 text" in capsys.readouterr().err
+    assert "left out 1 of 3 files, not UTF-8 text" in capsys.readouterr().err
 
 
 def test_standard_input(tmp_path: Path, jsonl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +336,7 @@ def test_default_is_the_standard_library_without_packages(tmp_path: Path, monkey
     ("name", "content", "says"),
     [
         ("a.txt", b"", r"holds no text to train on"),
-        ("a.txt", b"\xff", r"no text to train on \(0 documents held out, 1 files not UTF-8\)"),
+        ("a.txt", b"\xff", r"no text to train on \(0 documents held out, 1 file not UTF-8\)"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 1}\n', r"a.jsonl line 3 is not .* string under 'text'; .*text_key="),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a.jsonl line 2 is not a JSON object"),
         ("a.jsonl", b'["text"]', r"a.jsonl line 1 is not a JSON object"),

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import register
 from launch import plan as cli
-from launch.batches import check_batches
+from launch.layout import check_batches
 from launch.plan_report import eval_samples, line_of, sparkline
 from launch.validate import config_of
 from parallel.pipeline.schedules import SCHEDULES

@@ -53,7 +53,7 @@ def test_a_run_that_is_going_on(tmp_path):
     assert found["checkpoint"]["step"] == 50
     shown = text(run)
     for words in (
-        *("step 60/100", "500 tokens/s, 2 s a step", "0:01:20 of steps", "0.1500", "1 steps whose", "10 steps behind"),
+        *("step 60/100", "500 tokens/s, 2 s a step", "0:01:20 of steps", "0.1500", "1 step whose", "10 steps behind"),
         *(
             "2 skipped step, 1 rollback",
             "back to step 20",
