@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
@@ -142,13 +143,18 @@ def start() -> World:
     return World(rank, size, device)
 
 
+def largest_of_each(values: Sequence[float]) -> list[float]:
+    """Each of the `values`, as large as on any rank; collective over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def largest(value: float) -> float:
     """The largest `value` of all ranks; collective over the world."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    values = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.item()
+    return largest_of_each([value])[0]
 
 
 def any_rank(flag: bool) -> bool:

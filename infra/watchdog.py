@@ -1,7 +1,9 @@
 """Ends a process that makes no progress any more, so that a hang becomes an exit which a launcher can act on.
 
 A rank that waits in a collective for one that hangs can raise nothing: a thread beside it watches how long the thing
-at hand has been going on. How long that may take is learnt: `factor` times as long as things of its kind usually took.
+at hand has been going on. How long that may take is learnt: `factor` times as long as things of its kind usually took,
+on the slowest rank - each rank tells the others what it measured when they talk anyway, so that all have one patience
+and none gives up before another.
 Time counts only while this process runs: one that was stopped as a whole, or a machine that slept, has not hung. (Code
 that never lets go of the interpreter's lock escapes; waiting for gloo, for NCCL and for files does let go.) [no torch]
 """
@@ -11,13 +13,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from types import FrameType, TracebackType
 
 EXIT_CODE = 75  # "try again", as sendmail has it
+KINDS = ("a step", "an evaluation", "a checkpoint", "a rollback")  # whose durations are learnt
 _REMEMBERED = 32  # durations of each kind
 
 
@@ -42,12 +45,14 @@ class HangConfig:
 class Watchdog:
     """Watches the thread that makes it; use it as a context manager.
 
-    on_hang: called once, in the watching thread, with a line that says what takes how long; ends the process.
+    on_hang: called once, in the watching thread, with a line that says what takes how long, and the seconds that this
+    was allowed; ends the process.
     """
 
-    def __init__(self, config: HangConfig, on_hang: Callable[[str], None]):
+    def __init__(self, config: HangConfig, on_hang: Callable[[str, float], None]):
         self._config, self._on_hang = config, on_hang
-        self._usual: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self._usual: dict[str, deque[float]] = {kind: deque(maxlen=_REMEMBERED) for kind in KINDS}
+        self._took = dict.fromkeys(KINDS, 0.0)  # here, since the ranks last told each other
         # What, since when, whether it waits for disks; replaced as a whole, as another thread reads it.
         self._doing = ("the start", time.monotonic(), False)
         self._stop = threading.Event()
@@ -60,8 +65,20 @@ class Watchdog:
         """
         before, since, _ = self._doing
         now = time.monotonic()
-        self._usual[before].append(now - since)
+        if before in KINDS:
+            self._took[before] = max(self._took[before], now - since)
         self._doing = (what, now, on_disk)
+
+    def took(self) -> list[float]:
+        """Seconds that each of `KINDS` took here since `learn`; 0 for what was not done."""
+        return list(self._took.values())
+
+    def learn(self, seconds: Sequence[float]) -> None:
+        """What the ranks agree that each of `KINDS` took: the longest of what they say in `took`."""
+        for kind, longest in zip(KINDS, seconds, strict=True):
+            if longest:
+                self._usual[kind].append(longest)
+        self._took = dict.fromkeys(KINDS, 0.0)
 
     def usual(self, what: str) -> float | None:
         """Seconds that this has usually taken so far; None if it has not been done."""
@@ -83,10 +100,11 @@ class Watchdog:
             lived = lived + min(now - before, 2 * tick) if current is doing else 0.0
             before, doing = now, current
             what, _, on_disk = doing
-            if lived > self.allowed(what, on_disk):
+            allowed = self.allowed(what, on_disk)
+            if lived > allowed:
                 usual = self.usual(what)
                 usually = "" if usual is None else f", which usually takes {usual:.3g} s"
-                self._on_hang(f"no progress for {lived:.0f} s in {what}{usually}")
+                self._on_hang(f"no progress for {lived:.0f} s in {what}{usually}", allowed)
                 return
 
     def __enter__(self) -> Watchdog:

@@ -109,7 +109,9 @@ def fit(trainer: Trainer) -> None:
     waits = Waits()
     with _metrics(trainer, folder) if world.is_main else nullcontext() as metrics, watchdog(trainer) as watch:
         limit = config.train.max_skipped_steps
-        while trainer.step < config.train.steps and trainer.skipped_in_a_row < limit and not trainer.asked_to_stop():
+        while (
+            trainer.step < config.train.steps and trainer.skipped_in_a_row < limit and not trainer.asked_to_stop(watch)
+        ):
             watch.doing("a step")
             record, histograms = trainer.train_step()
             if trainer.skipped_in_a_row:
@@ -140,7 +142,7 @@ def fit(trainer: Trainer) -> None:
             trainer.save(checkpoints)
         trainer.saver.wait()
         if trainer.skipped_in_a_row == limit:
-            raise ValueError(
+            raise RuntimeError(
                 f"the last train.max_skipped_steps={limit} steps, to step {trainer.step}, had "
                 "a loss or gradient that is not finite: nothing is learnt any more; try a lower optim.lr.peak"
             )

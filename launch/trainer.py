@@ -20,11 +20,12 @@ import torch.distributed as dist
 from conf.schema import Config
 from infra import checkpoint, lr
 from infra.data import TokenDataset, sample_indexes
-from infra.distributed import World, largest
+from infra.distributed import World, largest, largest_of_each
 from infra.ema import Ema
 from infra.optim import Reduction, clip_gradients, discard_gradients, global_grad_norm, update
 from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
+from infra.watchdog import Watchdog
 from launch.layout import checked_mesh
 from model.moe import updated_bias
 from parallel import state
@@ -292,12 +293,14 @@ class Trainer:
         were = meta.get("options", {})
         return [f"{k}={v} (was {were[k]})" for k, v in _noted_options(self.config).items() if were.get(k, v) != v]
 
-    def asked_to_stop(self) -> bool:
-        """Whether any rank has received SIGTERM; collective, so that all stop after the same step.
+    def asked_to_stop(self, watch: Watchdog) -> bool:
+        """Whether any rank has received SIGTERM; collective, so that all stop after the same step. In the same message
+        the ranks tell each other how long things took.
 
         Raises OSError, on all ranks, where a checkpoint could not be written.
         """
-        what = largest(_FAILED if self.saver.has_failed else self._asked_to_stop)
+        what, *took = largest_of_each([_FAILED if self.saver.has_failed else self._asked_to_stop, *watch.took()])
+        watch.learn(took)
         if what == _FAILED:
             self.saver.wait()
         return bool(what)
