@@ -263,7 +263,8 @@ def _make_shards(
     total, left = sum(map(_num_bytes, units)), sum(_num_bytes(unit) for unit, _ in waiting)
     num_workers = min(config.workers or len(os.sched_getaffinity(0)), len(waiting))
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
     task = progress.add_task("", total=total, completed=total - left)
     if num_workers <= 1:
         with progress:

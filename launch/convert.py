@@ -134,7 +134,8 @@ def _tokenizer(folder: Path, config: ModelConfig, remedy: str) -> Tokenizer | No
 
 
 def _bar() -> Progress:
-    return Progress(transient=True, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return Progress(transient=True, console=console, disable=not console.is_terminal)
 
 
 def _tensors_of(

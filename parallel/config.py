@@ -46,7 +46,7 @@ class ParallelConfig:
     """The mesh and what runs on it; `dp = world / pp`, and `ep` divides dp.
 
     schedule: one of `SCHEDULE_NAMES`.
-    dispatcher: how tokens reach their experts; `auto` becomes the `default_dispatcher` of ep.
+    dispatcher: how tokens reach their experts; `auto` is the `default_dispatcher` of ep.
     dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`. Under recompute=full, rows
         that came as `fp8` wait for the backward in FP8, others in the dtype of the model.
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
@@ -74,10 +74,8 @@ class ParallelConfig:
     layers_per_stage: list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.dispatcher == "auto":
-            self.dispatcher = default_dispatcher(self.ep)
         check_choice("parallel.schedule", self.schedule, SCHEDULE_NAMES)
-        check_choice("parallel.dispatcher", self.dispatcher, ("auto", *DISPATCHERS))
+        check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
         check_choice("parallel.recompute", self.recompute, RECOMPUTE)
         check_choice("parallel.zero_stage", self.zero_stage, (0, 1))
@@ -113,5 +111,8 @@ def _searched(pp: int, num_microbatches: int) -> Schedule:
 
 
 def shown_layout(parallel: Mapping[str, Any]) -> str:
-    """The words of the command line that say most, from `parallel` of a config."""
-    return " ".join(f"{key}={parallel[key]}" for key in ("pp", "ep", "schedule", "dispatcher") if key in parallel)
+    """The words of the command line that say most, from `parallel` of a config; what `auto` stands for."""
+    words = {key: parallel[key] for key in ("pp", "ep", "schedule", "dispatcher") if key in parallel}
+    if words.get("dispatcher") == "auto":
+        words["dispatcher"] = default_dispatcher(words["ep"])
+    return " ".join(f"{key}={value}" for key, value in words.items())

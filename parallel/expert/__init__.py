@@ -1,5 +1,6 @@
 """Expert parallelism: `DISPATCHERS[name](mesh, config)` makes the dispatcher called `name`.
 
+    auto          local or two_hop, by ep
     local         all experts are here
     all_to_all    one flat exchange, a row for each pair of a token and an expert
     two_hop       V3's: once to each node, forwarded there; sums come back
@@ -44,14 +45,19 @@ def _deep_ep(mesh: Mesh, config: DispatchConfig) -> Dispatcher:
     return DeepEPDispatcher(mesh, config)
 
 
+def default_dispatcher(ep: int) -> str:
+    """Where experts are shared, V3's: inside one node its two hops are one, which sends no row twice to a rank."""
+    return "two_hop" if ep > 1 else "local"
+
+
+def _auto(mesh: Mesh, config: DispatchConfig) -> Dispatcher:
+    return DISPATCHERS[default_dispatcher(mesh.config.ep)](mesh, config)
+
+
 DISPATCHERS: dict[str, Callable[[Mesh, DispatchConfig], Dispatcher]] = {
+    "auto": _auto,
     "local": _local,
     "all_to_all": _all_to_all,
     "two_hop": _two_hop,
     "deep_ep": _deep_ep,
 }
-
-
-def default_dispatcher(ep: int) -> str:
-    """Where experts are shared, V3's: inside one node its two hops are one, which sends no row twice to a rank."""
-    return "two_hop" if ep > 1 else "local"

@@ -250,6 +250,13 @@ def test_a_run_with_nothing_left_to_do_is_untouched(data, unbroken):
     assert before == content()
 
 
+def test_experts_are_shared_without_naming_a_dispatcher(data, tmp_path):
+    done = run(f"data.path={data}", f"run.dir={tmp_path}", "train.steps=2", "parallel.ep=2", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "ep=2 schedule=1f1b dispatcher=two_hop" in done.stdout
+    assert records(tmp_path)[-1]["dispatch_bytes_within_nodes"] > 0
+
+
 def test_two_ranks_complain_once(data, tmp_path):
     done = run(f"data.path={data}", f"run.dir={tmp_path}", "train.global_batch_size=3", ranks=2)
     assert done.returncode != 0
