@@ -121,11 +121,11 @@ def sleeping_rank(
     sleeper = Sleeper()
     steps: dict[str, Callable[[], None]] = {}
     for name in (name for name in names if name in SCHEDULES):
-        schedule = SCHEDULES[name](pp, num_microbatches)
+        schedule = in_turn(SCHEDULES[name](pp, num_microbatches))
         parts = [time * pp / schedule.num_stages for time in times]
         held = schedule.stages_of(rank)
         stages = {s: SyntheticStage(*parts, SPEC, CPU, sleeper) for s in held}
-        steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
+        steps[name] = our_executor(schedule, rank, stages, groups).step
     batch = torch.zeros(num_microbatches * SPEC.shape[0], SPEC.shape[1], requires_grad=True)
     for name in (name for name in names if name in TORCH):
 

@@ -34,6 +34,7 @@ from measuring.torch_schedules import our_executor, torch_step
 from model.linear import Linear
 from parallel.pipeline.executor import Phases
 from parallel.pipeline.p2p import Spec
+from parallel.pipeline.passes import in_turn
 from parallel.pipeline.phases import Compute
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.weight_grad import WeightGrads
@@ -150,9 +151,9 @@ def computing_rank(rank: int, pp: int, turns: int) -> dict[str, list[float]]:
         for name, num_ranks in ((ALONE, 1), (AT_ONCE, pp))
     }
     for name in ("1f1b", "zbv", "dualpipe"):
-        schedule = SCHEDULES[name](pp, MICROBATCHES)
+        schedule = in_turn(SCHEDULES[name](pp, MICROBATCHES))
         stages = {s: LayersStage(s, schedule.num_stages, batch_MBLD) for s in schedule.stages_of(rank)}
-        steps[name] = our_executor(schedule, rank, stages, groups, overlap=False).step
+        steps[name] = our_executor(schedule, rank, stages, groups).step
     batch = batch_MBLD.flatten(0, 1).detach().requires_grad_()
     for name in ("torch 1F1B", "torch ZBVZeroBubble", "torch DualPipeV"):
         steps[name] = torch_step(name, rank, pp, MICROBATCHES, _plain_layers, batch)

@@ -27,14 +27,14 @@ from rich.table import Table
 
 from infra import distributed
 from measuring.cluster import from_rank, on_cluster
-from measuring.pipelined_step import PipelinedStep, in_turn
+from measuring.pipelined_step import PipelinedStep, measure_in_turn
 from measuring.ratios import ratios, setting, shown
 from measuring.sleeping_layers import HIDDEN, NUM_EXPERTS, PHASE, ROW_BYTES, TOKENS, TOP_K, evenly, sleeping_stages
 from parallel.expert import DISPATCHERS
 from parallel.expert.dispatcher import DispatchConfig, Dispatcher
 from parallel.mesh import Mesh, MeshConfig
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.passes import pair_up
+from parallel.pipeline.passes import in_turn, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
 
@@ -42,19 +42,19 @@ EP = 2
 LAYER = 6 * PHASE  # seconds of compute of one layer: F, I and W of attention and of the experts
 MICROBATCHES = 8  # a pipeline rank
 
-VARIANTS = {  # name: (schedule, whether it is paired up, overlap)
-    "1f1b, in turn": ("1f1b", False, False),
-    "1f1b in pairs, overlap": ("1f1b", True, True),
-    "zbv in pairs, overlap": ("zbv", True, True),
-    "dualpipe, in turn": ("dualpipe", False, False),
-    "dualpipe, overlap": ("dualpipe", False, True),
+VARIANTS = {  # name: (schedule, how it is laid out)
+    "1f1b, in turn": ("1f1b", in_turn),
+    "1f1b in pairs, overlap": ("1f1b", pair_up),
+    "zbv in pairs, overlap": ("zbv", pair_up),
+    "dualpipe, in turn": ("dualpipe", in_turn),
+    "dualpipe, overlap": ("dualpipe", None),
 }
 
 
 def schedule_of(name: str, pp: int) -> Schedule:
-    kind, paired, _ = VARIANTS[name]
+    kind, lay_out = VARIANTS[name]
     schedule = SCHEDULES[kind](pp, MICROBATCHES * pp)
-    return pair_up(schedule) if paired else schedule
+    return lay_out(schedule) if lay_out else schedule
 
 
 def exchange_seconds(dispatcher: Dispatcher, rounds: int = 9) -> float:
@@ -82,14 +82,14 @@ def measure_rank(rounds: int) -> dict[str, Any]:
     mesh = Mesh(MeshConfig(pp=pp, ep=EP, ranks_per_node=1, world=world.size))
     dispatcher = DISPATCHERS["all_to_all"](mesh, DispatchConfig(NUM_EXPERTS))
     steps = {}
-    for name, (_, _, overlap) in VARIANTS.items():
+    for name in VARIANTS:
         schedule = schedule_of(name, pp)
         steps[name] = PipelinedStep(
-            schedule, sleeping_stages(schedule, mesh, dispatcher, 2 * pp, evenly()), mesh, dispatcher, overlap
+            schedule, sleeping_stages(schedule, mesh, dispatcher, 2 * pp, evenly()), mesh, dispatcher
         )
     tokens_MBL = torch.zeros(MICROBATCHES * pp, 1, TOKENS + 1, dtype=torch.int64)
     exchange = exchange_seconds(dispatcher)
-    results = in_turn(steps, tokens_MBL, rounds)
+    results = measure_in_turn(steps, tokens_MBL, rounds)
     distributed.stop()
     return {"exchange": exchange, "steps": results}
 
@@ -103,14 +103,12 @@ def rate_for(share: float) -> float:
 def predicted(name: str, pp: int, share: float, exchange: float) -> float:
     """The simulator's step time: alone, a slot's exchanges are all exposed; a pair takes as long as the longer of its
     computing and its exchanges."""
-    _, _, overlap = VARIANTS[name]
     third, travel = 2 * LAYER / 3, 2 * exchange  # of the two layers of 1/PP of the model: F or I or W; F or I
-    whole = 3 * third + 2 * travel
     costs = Costs(
         f=third + travel,
         i=third + travel,
         w=third,
-        fb=max(3 * third, 2 * travel) if overlap else whole,
+        fb=max(3 * third, 2 * travel),
         p2p_bytes=TOKENS * ROW_BYTES,
         p2p_bandwidth=rate_for(share) / 8,
     )

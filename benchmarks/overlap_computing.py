@@ -33,14 +33,14 @@ from infra.allocator import keep_freed_memory
 from infra.precision import PrecisionConfig
 from launch.emulate import BUCKET_BYTES
 from measuring.cluster import from_rank, on_cluster
-from measuring.pipelined_step import PipelinedStep, in_turn
+from measuring.pipelined_step import PipelinedStep, measure_in_turn
 from measuring.ratios import ratios, setting, shown
 from model.config import ModelConfig
 from model.transformer import Transformer, init_model_
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, MeshConfig
 from parallel.parallelize import parallelize
-from parallel.pipeline.passes import pair_up
+from parallel.pipeline.passes import in_turn, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
 LENGTH, MICROBATCHES = 1024, 16
@@ -83,14 +83,10 @@ def make_steps(ep: int) -> tuple[dict[str, PipelinedStep], Tensor]:
         weight_decay=0.0,
         microbatch=(1, LENGTH),
     )
-    kinds = {
-        "slots of one": (alone, False),
-        "pairs in turn": (pair_up(alone), False),
-        "pairs overlapped": (pair_up(alone), True),
-    }
+    pairs = pair_up(alone)
+    kinds = {"slots of one": alone, "pairs in turn": in_turn(pairs), "pairs overlapped": pairs}
     steps = {
-        name: PipelinedStep(schedule, replica.stages, mesh, replica.dispatcher, overlap)
-        for name, (schedule, overlap) in kinds.items()
+        name: PipelinedStep(schedule, replica.stages, mesh, replica.dispatcher) for name, schedule in kinds.items()
     }
     generator = torch.Generator().manual_seed(mesh.rank)
     return steps, torch.randint(MODEL.vocab_size, (MICROBATCHES, 1, LENGTH + 1), generator=generator)
@@ -100,7 +96,7 @@ def measure_rank(rounds: int, kinds: list[str]) -> dict[str, Any]:
     """On every rank of the cluster."""
     world = distributed.start()
     steps, tokens_MBL = make_steps(world.size)
-    results = in_turn({kind: steps[kind] for kind in kinds}, tokens_MBL, rounds)
+    results = measure_in_turn({kind: steps[kind] for kind in kinds}, tokens_MBL, rounds)
     distributed.stop()
     return results
 

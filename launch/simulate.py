@@ -48,7 +48,7 @@ from parallel.config import check_at_least, check_choice
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
 from parallel.pipeline.dualpipe import shortfall
-from parallel.pipeline.passes import ScheduleError, from_csv, to_csv
+from parallel.pipeline.passes import ScheduleError, from_csv, in_turn, to_csv
 from parallel.pipeline.render import chrome_trace, facts, html, picture, text
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate, stage_times, step_time_quantiles
@@ -272,6 +272,7 @@ def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, conso
     from launch.trace import write_comparison
     from parallel.pipeline.measure import calibrated
 
+    schedule = in_turn(schedule)  # a stage that only takes time has nothing to lay over another
     unit_ms = MICROSECONDS[config.unit] / 1e3
     measured = execute(schedule, costs, unit_ms / 1e3, config.work)
     if measured is None:

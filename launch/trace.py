@@ -50,7 +50,7 @@ def write_comparison(
 
 def _as_data(schedule: Schedule, costs: Costs, timeline: Timeline) -> dict[str, Any]:
     spans = [
-        (s.rank, s.slot, str(s.action), s.start, s.end, s.ready, str(s.waited_for) if s.waited_for else None)
+        (s.rank, s.slot, str(s.action), s.start, s.end, s.ready, str(s.waited_for) if s.waited_for else None, s.sent)
         for row in timeline.spans
         for s in row
     ]
@@ -60,7 +60,7 @@ def _as_data(schedule: Schedule, costs: Costs, timeline: Timeline) -> dict[str, 
         "num_microbatches": schedule.num_microbatches,
         "unit": "ms",
         "costs": {name: value for name, value in asdict(costs).items() if name in ("f", "i", "w", "fb", "p2p")},
-        "columns": ["rank", "slot", "action", "start", "end", "ready", "waited_for"],
+        "columns": ["rank", "slot", "action", "start", "end", "ready", "waited_for", "sent"],
         "spans": spans,
     }
 

@@ -330,8 +330,7 @@ class Trainer:
         if not training:
             schedule = forward_only(schedule)
         rank = self.mesh.at.pp
-        program, overlap = lower(schedule).programs[rank], self.config.parallel.overlap
-        return Executor(schedule, program, rank, self.replica.stages, self._p2p, overlap)
+        return Executor(schedule, lower(schedule).programs[rank], rank, self.replica.stages, self._p2p)
 
     def _peak_memory_gb(self) -> float:
         if self.world.device.type == "cuda":

@@ -10,7 +10,7 @@ from typing import Any
 
 from parallel.expert import DISPATCH_DTYPES, DISPATCHERS, default_dispatcher
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.passes import PAIRABLE, pair_up
+from parallel.pipeline.passes import PAIRABLE, in_turn, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
@@ -50,8 +50,9 @@ class ParallelConfig:
     dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`. Under recompute=full, rows
         that came as `fp8` wait for the backward in FP8, others in the dtype of the model.
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
-    overlap: a slot of two interleaves its phases, so that communication travels while the other microbatch computes;
-        where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for it (`pair_up`).
+    overlap: schedules have slots of two, whose phases interleave so that communication travels while the other
+        microbatch computes; where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for
+        it (`pair_up`). Off, every action has a slot of its own (`in_turn`).
     recompute: what the backward computes again instead of keeping it: `none`; `selective`, norms, the up-projections of
     attention and SwiGLU; `full`, every phase.
     zero_stage: 1 cuts FP32 master weights and moments into a part for each rank that holds a copy; 0 cuts nothing.
@@ -92,15 +93,19 @@ class ParallelConfig:
             )
 
     def make_schedule(self, num_microbatches: int) -> Schedule:
-        """The schedule over `pp` ranks; under `overlap`, paired up where it can be and there is an all-to-all to hide.
+        """The schedule over `pp` ranks; under `overlap`, paired up where it can be and there is an all-to-all to hide;
+        without, no slot holds more than one action.
 
         `auto` is searched for in the shape of a V, whose placement does not depend on the number of microbatches, for
         equal F, I and W, within the activations that DualPipe holds.
         """
-        if self.schedule != "auto":
+        if self.schedule == "auto":
+            schedule = _searched(self.pp, num_microbatches)
+        else:
             schedule = SCHEDULES[self.schedule](self.pp, num_microbatches)
-            return pair_up(schedule) if self.overlap and self.ep > 1 and self.schedule in PAIRABLE else schedule
-        return _searched(self.pp, num_microbatches)
+        if not self.overlap:
+            return in_turn(schedule)
+        return pair_up(schedule) if self.ep > 1 and self.schedule in PAIRABLE else schedule
 
 
 @cache

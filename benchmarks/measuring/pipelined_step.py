@@ -38,12 +38,11 @@ class PipelinedStep:
         stages: Mapping[int, TransformerStage],
         mesh: Mesh,
         dispatcher: Dispatcher,
-        overlap: bool,
     ):
         up, down = (mesh.group(mesh.config.partition("pp")).pg for _ in range(2))
         p2p = P2P(mesh.pp.ranks, mesh.pp.rank, up, down, torch.device("cpu"))
         program = lower(schedule).programs[mesh.at.pp]
-        self.executor = Executor(schedule, program, mesh.at.pp, stages, p2p, overlap)
+        self.executor = Executor(schedule, program, mesh.at.pp, stages, p2p)
         self.stages, self.mesh, self.dispatcher = stages, mesh, dispatcher
         self.seconds: list[float] = []
         self.hidden: list[float] = []
@@ -117,7 +116,7 @@ def _together(travels: Sequence[tuple[str, Interval]], group: Group) -> float:
     return (ended - begun).sum().item()
 
 
-def in_turn(steps: Mapping[str, PipelinedStep], tokens_MBL: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_in_turn(steps: Mapping[str, PipelinedStep], tokens_MBL: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
     """Every step once to warm up, then `rounds` times, turn about."""
     for turn in range(rounds + 1):
         for step in steps.values():

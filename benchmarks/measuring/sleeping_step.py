@@ -66,7 +66,7 @@ def sleeping_steps(cases: list[tuple[Layout, int]]) -> list[dict[str, Any]]:
         dispatcher = DISPATCHERS[layout.dispatcher](mesh, DispatchConfig(NUM_EXPERTS))
         schedule = layout.make_schedule(num_microbatches)
         stages = sleeping_stages(schedule, mesh, dispatcher, 2 * layout.pp, at_random(world.rank))
-        step = PipelinedStep(schedule, stages, mesh, dispatcher, layout.overlap)
+        step = PipelinedStep(schedule, stages, mesh, dispatcher)
         tokens_MBL = torch.zeros(num_microbatches, 1, TOKENS + 1, dtype=torch.int64)
         for _ in range(1 + ROUNDS):
             step.run(tokens_MBL)

@@ -63,6 +63,6 @@ def torch_step(
     return step
 
 
-def our_executor(schedule: Schedule, rank: int, stages: Mapping[int, Any], groups: tuple, overlap: bool) -> Executor:
+def our_executor(schedule: Schedule, rank: int, stages: Mapping[int, Any], groups: tuple) -> Executor:
     p2p = P2P(range(schedule.num_ranks), rank, *groups, CPU)
-    return Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p, overlap)
+    return Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p)

@@ -49,10 +49,11 @@ class PipelineStage(Protocol):
 class Executor:
     """One rank of a schedule, with the stages that it holds.
 
+    A slot of two interleaves its phases (overlap.py); `passes.in_turn` makes a schedule without such slots.
+
     lowered: this rank's program after `passes.lower`. rank: my pipeline rank. stages: by stage index, exactly those
-    that the schedule places here. p2p: the channels to the other pipeline ranks. overlap: whether a slot of two
-    interleaves its phases (overlap.py) or runs them in turn. Raises ValueError when the stages are not those of the
-    placement.
+    that the schedule places here. p2p: the channels to the other pipeline ranks. Raises ValueError when the stages are
+    not those of the placement.
     """
 
     def __init__(
@@ -62,14 +63,13 @@ class Executor:
         rank: int,
         stages: Mapping[int, PipelineStage],
         p2p: P2P,
-        overlap: bool = False,
     ):
         if tuple(sorted(stages)) != schedule.stages_of(rank):
             raise ValueError(
                 f"rank {rank} has stages {sorted(stages)}, but {schedule.name} places {schedule.stages_of(rank)} there"
             )
         self.schedule, self.rank, self.stages = schedule, rank, stages
-        self._p2p, self._overlap = p2p, overlap
+        self._p2p = p2p
         inputs = p2p.negotiate(schedule, {index: stage.output for index, stage in stages.items()})
         self._tied = tie(schedule, lowered, stages, inputs, p2p.ahead)
         self._unsent: dict[int, deque[Task]] = {}  # what is left of the channels in this step
@@ -89,11 +89,10 @@ class Executor:
         try:
             for posted, slot in self._tied.slots:
                 self._post_receives(posted)
-                if len(slot) == 2 and self._overlap:
+                if len(slot) == 2:
                     self._run_pair(*slot)
                 else:
-                    for task in slot:
-                        self._run_alone(task)
+                    self._run_alone(*slot)
                 self._num_computed += 1
             self._p2p.drain()
         except Exception as error:
@@ -104,7 +103,7 @@ class Executor:
     def spans(self) -> list[Span]:
         """What ran in the last step, in seconds of `perf_counter`; waits for the device.
 
-        Both actions of an interleaved pair carry the times of the pair; two that ran in turn count as two slots.
+        Both actions of a pair carry the times of the pair.
         """
         spans: list[Span] = []
         seconds = self._clock.seconds
@@ -114,7 +113,8 @@ class Executor:
                 waited, start = seconds(arrival) - start, seconds(arrival)
                 waited_for = source if waited > _A_WAIT else waited_for
             times = (start, seconds(marks.end), seconds(marks.left))
-            spans.append(Span(self.rank, marks.slot, marks.action, *times, waited_for))
+            sent = marks.task.sent.num_bytes if marks.task.sent else 0
+            spans.append(Span(self.rank, marks.slot, marks.task.action, *times, waited_for, sent))
         return spans
 
     @property
@@ -147,8 +147,7 @@ class Executor:
         if op is Op.B and split:
             stage.weight_grad(mb)
             end = mark()
-        slot = self._marks[-1].slot + 1 if self._marks else 0
-        self._marks.append(_Marks(slot, task.action, due, arrivals, left, end))
+        self._marks.append(_Marks(self._num_computed, task, due, arrivals, left, end))
 
     def _run_pair(self, f: Task, b: Task) -> None:
         mark = self._clock.mark
@@ -172,8 +171,7 @@ class Executor:
         if b.action.op is Op.B:
             b.stage.weight_grad(b.action.mb)
         end = mark()
-        slot = self._marks[-1].slot + 1 if self._marks else 0
-        self._marks += (_Marks(slot, a, due, arrivals, left[a], end) for a in (f.action, b.action))
+        self._marks += (_Marks(self._num_computed, task, due, arrivals, left[task.action], end) for task in (f, b))
 
     def _take(self, task: Task) -> tuple[Tensor | None, Action | None]:
         """The tensor that the task reads, waited for if need be, and the action that made it, if on another rank."""
@@ -194,6 +192,9 @@ class Executor:
         if task.reader is not None:
             task.reader.x = result
         elif task.dst is not None:
+            looks = None if result is None else Spec(tuple(result.shape), result.dtype)
+            if looks != task.sent:  # its reader would take any bytes for what it expects
+                raise ValueError(f"{task.action} made {looks}, but rank {task.dst} was told to expect {task.sent}")
             task.result = result
             unsent = self._unsent[task.dst]
             while unsent and (result := unsent[0].result) is not None:
@@ -212,7 +213,7 @@ class _Marks(NamedTuple):
     there), in the order in which they were waited for."""
 
     slot: int
-    action: Action
+    task: Task
     due: Any
     arrivals: Sequence[tuple[Action | None, Any]]
     left: Any

@@ -67,11 +67,11 @@ def measured(executor: Executor, group: Group, offset: float = 0.0) -> Timeline:
     """The timeline, in milliseconds, of the step that has just run; on every rank. Collective over `group`."""
     schedule = executor.schedule
     counts = [sum(map(len, program)) for program in schedule.programs]
-    rows = torch.zeros(max(counts), 10, dtype=torch.float64)
+    rows = torch.zeros(max(counts), 11, dtype=torch.float64)
     for row, span in zip(rows, executor.spans, strict=False):
         times = (1e3 * (time + offset) for time in (span.start, span.end, span.ready))
         waited_for = span.waited_for or (-1, 0, 0)
-        row.copy_(torch.tensor([span.slot, *span.action, *times, *waited_for], dtype=torch.float64))
+        row.copy_(torch.tensor([span.slot, *span.action, *times, *waited_for, span.sent], dtype=torch.float64))
     gathered = [torch.zeros_like(rows) for _ in counts]
     if group.size > 1:
         dist.all_gather(gathered, rows, group=group.pg)
@@ -88,9 +88,9 @@ def measured(executor: Executor, group: Group, offset: float = 0.0) -> Timeline:
 def _span(rank: int, row: list[float]) -> Span:
     slot, stage, op, mb = map(int, row[:4])
     start, end, ready = row[4:7]
-    from_stage, from_op, from_mb = map(int, row[7:])
+    from_stage, from_op, from_mb, sent = map(int, row[7:])
     waited_for = Action(from_stage, Op(from_op), from_mb) if from_stage >= 0 else None
-    return Span(rank, slot, Action(stage, Op(op), mb), start, end, ready, waited_for)
+    return Span(rank, slot, Action(stage, Op(op), mb), start, end, ready, waited_for, sent)
 
 
 def calibrated(timeline: Timeline) -> Costs:

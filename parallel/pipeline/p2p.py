@@ -12,6 +12,7 @@ A receive that was posted ahead would otherwise keep its rank from computing wha
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -35,6 +36,13 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} of {tuple(self.shape)}"
+
 
 class P2P:
     """This pipeline rank's channels to the others.
@@ -53,7 +61,6 @@ class P2P:
     ):
         self._ranks, self._rank, self._up, self._down, self.device = tuple(ranks), rank, up, down, device
         self._sending: dict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
-        self.bytes_sent = 0
         self.ahead = 1 if device.type == "cuda" else AHEAD
 
     def negotiate(self, schedule: Schedule, outputs: Mapping[int, Spec]) -> dict[int, Spec]:
@@ -92,7 +99,6 @@ class P2P:
             sending.popleft()[0].wait()
         work = self._group(dst).send([tensor], dst, 0)
         sending.append((work, tensor))  # the tensor must outlive the send
-        self.bytes_sent += tensor.numel() * tensor.element_size()
 
     def receive(self, src: int, spec: Spec) -> tuple[Tensor, dist.Work]:
         """Posts the receive of the next tensor from pipeline rank `src`; wait for the work before reading it."""

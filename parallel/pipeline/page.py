@@ -65,6 +65,7 @@ def _panel(title: str, timeline: Timeline, unit: str, legend: dict[str, str]) ->
         "wait": [bubble.end - bubble.start if bubble else 0 for bubble in before],
         "why": [bubble.cause if bubble else "" for bubble in before],
         "cause": timeline.waited_A.tolist(),
+        "sent": timeline.sent_A.tolist(),
     }
     curves = [timeline.memory_curve(rank) for rank in range(timeline.num_ranks)]
     return {

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from parallel.pipeline.actions import Op, Schedule
-from parallel.pipeline.replay import replay
+from parallel.pipeline.replay import link, replay
 from parallel.pipeline.timeline import Timeline
 from parallel.pipeline.validate import check_slots, validate
 
@@ -167,10 +167,20 @@ def simulate(
         end_A=(start_S + duration_S)[slot_of_A],
         ready_A=leaves_A,
         waited_A=waited_S[slot_of_A],
+        sent_A=_sent(schedule, costs.p2p_bytes),
         optimizer=costs.optimizer,
         activation=schedule.num_ranks / schedule.num_stages,
         kept_after_i=costs.kept_after_i,
     )
+
+
+def _sent(schedule: Schedule, num_bytes: float) -> np.ndarray:
+    """sent_A: `num_bytes` of every result that another rank needs."""
+    rank_A, sent_A = schedule.rank_A, np.zeros(len(schedule.rank_A), dtype=np.int64)
+    if num_bytes:
+        for need_A in link(schedule).T:
+            sent_A[need_A[(need_A >= 0) & (rank_A[need_A] != rank_A)]] = num_bytes
+    return sent_A
 
 
 def _disturb(

@@ -29,6 +29,7 @@ class Task:
     arrival: dist.Work | None = None  # of `x` from another rank
     reader: Task | None = None  # of its result, on this rank
     dst: int | None = None  # or the rank that its result goes to
+    sent: Spec | None = None  # as what that rank expects it
     result: Tensor | None = None  # until the order of that channel lets it go
 
 
@@ -69,6 +70,7 @@ def tie(
             made, (src, dst) = carried_by(message, schedule), channel_of(message, schedule)
             if message.op in (Op.SEND_F, Op.SEND_B):
                 tasks[made].dst = dst
+                tasks[made].sent = stages[made.stage].output if made.op is Op.F else inputs[made.stage]
                 channels[dst].append(tasks[made])
             else:
                 spec = inputs[message.stage] if message.op is Op.RECV_F else stages[message.stage].output

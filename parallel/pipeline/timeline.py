@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
     Both actions of an overlapped pair carry the times of the pair. `ready` is when the result left (before `end` where
     a slot sends its results as they come); `waited_for` the action whose result came last and kept the rank idle
-    before this slot, None where the rank went straight on.
+    before this slot, None where the rank went straight on. `sent`: bytes of the result that left for another rank.
     """
 
     rank: int
@@ -39,6 +39,7 @@ class Span(NamedTuple):
     end: float
     ready: float
     waited_for: Action | None = None
+    sent: int = 0
 
 
 class Bubble(NamedTuple):
@@ -71,6 +72,7 @@ class Timeline:
     end_A: np.ndarray
     ready_A: np.ndarray
     waited_A: np.ndarray
+    sent_A: np.ndarray
     optimizer: float = 0.0
     activation: float = 1.0
     kept_after_i: float = 1.0
@@ -83,11 +85,11 @@ class Timeline:
         rows = sorted(spans, key=lambda span: (span.rank, span.slot, span.action.op))
         row_of = {span.action: row for row, span in enumerate(rows)}
         origin = min((span.start for span in rows), default=0.0)
-        ints = np.array([(s.rank, s.slot, *s.action) for s in rows], dtype=np.int64).reshape(-1, 5)
+        ints = np.array([(s.rank, s.slot, *s.action, s.sent) for s in rows], dtype=np.int64).reshape(-1, 6)
         times = np.array([(s.start, s.end, s.ready) for s in rows], dtype=np.float64).reshape(-1, 3) - origin
         waited = np.array([row_of.get(s.waited_for, -1) if s.waited_for else -1 for s in rows], dtype=np.int64)
         num_ranks = rows[-1].rank + 1 if rows else 0
-        rank_A, slot_A, stage_A, op_A, mb_A = ints.T
+        rank_A, slot_A, stage_A, op_A, mb_A, sent_A = ints.T
         start_A, end_A, ready_A = times.T
         return Timeline(
             num_ranks,
@@ -100,6 +102,7 @@ class Timeline:
             end_A,
             ready_A,
             waited,
+            sent_A,
             optimizer,
             activation,
             kept_after_i,
@@ -117,9 +120,10 @@ class Timeline:
         """The rows as objects, one list a rank."""
         actions = [Action(s, OPS[o], m) for s, o, m in _rows_of(self.stage_A, self.op_A, self.mb_A)]
         result: list[list[Span]] = [[] for _ in range(self.num_ranks)]
-        columns = _rows_of(self.rank_A, self.slot_A, self.start_A, self.end_A, self.ready_A, self.waited_A)
-        for action, (rank, slot, start, end, ready, waited) in zip(actions, columns, strict=True):
-            result[rank].append(Span(rank, slot, action, start, end, ready, actions[waited] if waited >= 0 else None))
+        columns = _rows_of(self.rank_A, self.slot_A, self.start_A, self.end_A, self.ready_A, self.waited_A, self.sent_A)
+        for action, (rank, slot, start, end, ready, waited, sent) in zip(actions, columns, strict=True):
+            waited_for = actions[waited] if waited >= 0 else None
+            result[rank].append(Span(rank, slot, action, start, end, ready, waited_for, sent))
         return result
 
     @cached_property

@@ -108,6 +108,8 @@ def _transfer(source: Span, target: Span, p2p: float, stream: int, flow: int, mi
     leaves, arrives = source.ready * microseconds, (source.ready + p2p) * microseconds
     op = Op.SEND_F if source.action.op is Op.F else Op.SEND_B
     words = {"message": f"{source.action.stage}{op}{source.action.mb}", "Group size": 2, "to rank": target.rank}
+    if source.sent:
+        words["bytes"] = source.sent
     yield _kernel(NCCL_KERNEL, source.rank, stream, leaves, arrives - leaves, flow, **words)
     arrow = {"cat": "send", "name": "send", "id": flow}
     yield {**arrow, "ph": "s", "pid": source.rank, "tid": stream, "ts": leaves}

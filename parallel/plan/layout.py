@@ -63,7 +63,7 @@ class Layout:
 
     def make_schedule(self, num_microbatches: int) -> Schedule:
         """The very schedule that a run executes."""
-        return schedule_of(self.schedule, self.pp, num_microbatches, self.pairs and self.schedule in PAIRABLE)
+        return schedule_of(self.schedule, self.pp, num_microbatches, self.pairs)
 
     @property
     def least_batch(self) -> int:
@@ -93,7 +93,7 @@ def _text(value: Any) -> str:
 
 @lru_cache(maxsize=1024)
 def schedule_of(name: str, pp: int, num_microbatches: int, paired: bool = False) -> Schedule:
-    """By its name; paired: 1f1b and zbv as they run under overlap."""
+    """By its name; paired: as it runs under overlap."""
     return ParallelConfig(pp, 2, 1, name, "two_hop", overlap=paired).make_schedule(num_microbatches)
 
 

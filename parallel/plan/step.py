@@ -21,7 +21,6 @@ from infra.hardware import ClusterConfig
 from model.config import ModelConfig
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.dualpipe import phase_counts
-from parallel.pipeline.passes import in_turn
 from parallel.pipeline.replay import replay
 from parallel.pipeline.split import split_layers
 from parallel.plan.cost import Kernels, LayerTimes, Times, pair_time
@@ -207,15 +206,10 @@ class StepModel:
         self, layout: Layout, global_batch_size: int, factor_S: np.ndarray | None = None
     ) -> tuple[Schedule, np.ndarray, np.ndarray]:
         """The very schedule, and when each of its slots starts and ends: exact, given the times of the stages (and
-        what disturbs each slot). A pair that is not overlapped is two slots."""
+        what disturbs each slot)."""
         times = self.stages(layout)
         M = layout.num_microbatches(global_batch_size)
         schedule = layout.make_schedule(M)
-        if layout.schedule in OVERLAPPING and not layout.pairs:
-            key = "in turn", layout.schedule, layout.pp, M
-            if key not in self.cache:
-                self.cache[key] = in_turn(schedule)
-            schedule = self.cache[key]
         duration_S = slot_seconds(schedule, times)
         if factor_S is not None:
             duration_S = duration_S * factor_S

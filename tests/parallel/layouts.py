@@ -11,6 +11,7 @@ from model.transformer import Transformer, init_model_
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, MeshConfig
 from parallel.parallelize import Replica, parallelize
+from parallel.pipeline.actions import Schedule
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P
 from parallel.pipeline.passes import lower
@@ -84,12 +85,12 @@ def build(
     parallel: ParallelConfig,
     world: int,
     num_microbatches: int,
-    overlap: bool = False,
+    schedule: Schedule | None = None,
     precision: str = "fp64",
 ) -> tuple[Replica, Executor, Mesh]:
-    """This rank's part, and its executor; one sequence a microbatch."""
+    """This rank's part, and its executor; one sequence a microbatch. schedule: the layout's own where none is given."""
     mesh = Mesh(MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world))
-    schedule = parallel.make_schedule(num_microbatches)
+    schedule = schedule or parallel.make_schedule(num_microbatches)
     replica = parallelize(
         config,
         parallel,
@@ -103,7 +104,7 @@ def build(
     )
     up, down = (mesh.group(mesh.config.partition("pp")).pg for _ in range(2))
     p2p = P2P(mesh.pp.ranks, mesh.pp.rank, up, down, torch.device("cpu"))
-    executor = Executor(schedule, lower(schedule).programs[mesh.at.pp], mesh.at.pp, replica.stages, p2p, overlap)
+    executor = Executor(schedule, lower(schedule).programs[mesh.at.pp], mesh.at.pp, replica.stages, p2p)
     return replica, executor, mesh
 
 

@@ -15,10 +15,10 @@ from tests.ranks import run_ranks
 MICROBATCHES = 4
 
 
-def gradients(rank, world, parallel, overlap=False):
+def gradients(rank, world, parallel):
     """Of every bucket by name, after one step."""
     config = tiny(hidden_size=160, moe_intermediate_size=48)
-    replica, executor, mesh = build(config, parallel, world, MICROBATCHES, overlap, precision="fp8")
+    replica, executor, mesh = build(config, parallel, world, MICROBATCHES, precision="fp8")
     begin(config, replica, mesh, MICROBATCHES)
     executor.step()
     return {
@@ -38,7 +38,7 @@ def test_recomputation_changes_no_bit(world, layout):
     want = run_ranks(world, gradients, ParallelConfig(**layout))
     for recompute in ("selective", "full"):
         for overlap in (False, True) if world > 1 else (False,):
-            got = run_ranks(world, gradients, ParallelConfig(**layout, recompute=recompute), overlap)
+            got = run_ranks(world, gradients, ParallelConfig(**layout, recompute=recompute, overlap=overlap))
             assert got == want, (recompute, overlap)
 
 

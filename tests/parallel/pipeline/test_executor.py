@@ -22,7 +22,7 @@ from parallel.pipeline.actions import Op, depends_on
 from parallel.pipeline.auto import auto
 from parallel.pipeline.executor import Executor, PipelineError
 from parallel.pipeline.p2p import P2P, Spec
-from parallel.pipeline.passes import lower, pair_up
+from parallel.pipeline.passes import in_turn, lower, pair_up
 from parallel.pipeline.phases import Compute
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
@@ -42,23 +42,24 @@ def executor_of(schedule, rank, stages, groups):
 
 
 class Counting(SyntheticStage):
-    """Takes no time, and counts over all stages of its rank what is live."""
+    """Takes no time, and notes what is live over all stages of its rank, and how many at most."""
 
-    def __init__(self, live):
+    def __init__(self, index, live, counts):
         super().__init__(0, 0, 0, SPEC, CPU, lambda seconds: None)
-        self.live = live
+        self.index, self.live, self.counts = index, live, counts
 
     def forward(self, mb, x):
-        self.live.append(self.live[-1] + 1)
+        self.live.add((self.index, mb))
+        self.counts.append(len(self.live))
         return super().forward(mb, x)
 
     def backward(self, mb, grad, split):
         if not split:
-            self.live.append(self.live[-1] - 1)
+            self.live.remove((self.index, mb))
         return super().backward(mb, grad, split)
 
     def weight_grad(self, mb):
-        self.live.append(self.live[-1] - 1)
+        self.live.discard((self.index, mb))  # in a pair it is asked for whenever there is time
 
 
 class Posted(SyntheticStage):
@@ -120,30 +121,36 @@ def test_the_planner_counts_the_receives_that_are_posted():
     assert max(at_once) >= 8
 
 
+def ran(spans):
+    """The order of what ran, and the bytes that each action sent."""
+    return [(span.slot, str(span.action), span.sent) for span in spans]
+
+
 def run_every(rank, world, shapes):
     groups = (dist.new_group(), dist.new_group())
     result = {}
     for name, num_microbatches in shapes:
         schedule = EVERY[name](world, num_microbatches)
-        live = [0]
-        executor = executor_of(schedule, rank, {s: Counting(live) for s in schedule.stages_of(rank)}, groups)
+        live, counts = set(), []
+        stages = {s: Counting(s, live, counts) for s in schedule.stages_of(rank)}
+        executor = executor_of(schedule, rank, stages, groups)
         for _ in range(2):  # a second step starts from a clean table
             executor.step()
-        result[name, num_microbatches] = ([str(span.action) for span in executor.spans], max(live))
-        assert live[-1] == 0
+            assert not live
+        result[name, num_microbatches] = (ran(executor.spans), max(counts))
     return result
 
 
-@pytest.mark.parametrize("pp", [1, 2, 4])
-def test_executed_order_and_peak_live_are_the_simulated(pp):
+@pytest.mark.parametrize("pp", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_executed_order_bytes_and_peak_live_are_the_simulated(pp):
     names = [name for name in EVERY if pp > 1 or name != "dualpipe"]  # which has two ends
     shapes = [(name, n) for name in names for n in (2 * pp, 2 * pp + 3)]
     ranks = run_ranks(pp, run_every, shapes)
     for name, n in shapes:
-        timeline = simulate(EVERY[name](pp, n))
+        timeline = simulate(EVERY[name](pp, n), Costs(p2p_bytes=SPEC.num_bytes))
         for rank in range(pp):
             order, peak = ranks[rank][name, n]
-            assert order == [str(span.action) for span in timeline.spans[rank]], (name, n, rank)
+            assert order == ran(timeline.spans[rank]), (name, n, rank)
             assert peak == timeline.peak_live(rank), (name, n, rank)
 
 
@@ -164,7 +171,7 @@ def first_uses(rank, world, names):
     result = {}
     for name in names:
         schedule = SCHEDULES[name](world, 2 * world)
-        stages = {s: Counting([0]) for s in schedule.stages_of(rank)}
+        stages = {s: Counting(s, set(), []) for s in schedule.stages_of(rank)}
         p2p = Recording(range(world), rank, dist.new_group(), dist.new_group(), CPU)
         executor = Executor(schedule, lower(schedule).programs[rank], rank, stages, p2p)
         before = set(p2p.used)
@@ -255,7 +262,7 @@ def one_microbatch():
 def measure_bytes(rank, world, name, num_microbatches):
     groups = (dist.new_group(), dist.new_group())
     full, kept = one_microbatch()
-    schedule = SCHEDULES[name](world, num_microbatches)
+    schedule = in_turn(SCHEDULES[name](world, num_microbatches))
     stages = {s: MLPStage(s == 0) for s in schedule.stages_of(rank)}
     executor = executor_of(schedule, rank, stages, groups)
     curve, run_alone = [], executor._run_alone
@@ -272,7 +279,7 @@ def measure_bytes(rank, world, name, num_microbatches):
 @pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe"])
 def test_bytes_follow_the_simulated_memory(name):
     pp, num_microbatches = 4, 10
-    schedule = SCHEDULES[name](pp, num_microbatches)
+    schedule = in_turn(SCHEDULES[name](pp, num_microbatches))
     for rank, (full, kept, curve) in enumerate(run_ranks(pp, measure_bytes, name, num_microbatches)):
         timeline = simulate(schedule, Costs(kept_after_i=kept))
         expected, total = [], 0.0
@@ -305,6 +312,29 @@ def test_a_failing_action_is_shown_in_the_grid():
     with pytest.raises(AssertionError, match=r"1f1b: rank 1, slot \d+: out of luck") as error:
         run_ranks(3, fail_on_one_rank)
     assert "[1B2]" in str(error.value)
+
+
+class Deceiving(SyntheticStage):
+    """Hands on another tensor than it announced."""
+
+    def forward(self, mb, x):
+        yield from super().forward(mb, x)
+        return None if self.output.dtype is torch.float64 else torch.zeros(SPEC.shape, dtype=torch.float64)
+
+
+def deceive(rank, world, dtype):
+    schedule, output = SCHEDULES["1f1b"](world, 2), Spec(SPEC.shape, dtype)
+    stages = {s: Deceiving(0, 0, 0, output, CPU) for s in schedule.stages_of(rank)}
+    executor_of(schedule, rank, stages, (dist.new_group(), dist.new_group())).step()
+
+
+@pytest.mark.parametrize(
+    ("announced", "made"), [("float32", r"float64 of \(4, 8\)"), ("float64", "None")], ids=["dtype", "nothing"]
+)
+def test_a_tensor_that_was_not_announced_is_not_sent(announced, made):
+    told = rf"0F0 made {made}, but rank 1 was told to expect {announced} of \(4, 8\)"
+    with pytest.raises(AssertionError, match=told):
+        run_ranks(2, deceive, getattr(torch, announced))
 
 
 def _endless(rank, world, store, errors):

@@ -84,13 +84,14 @@ def _measure(rank, world, ahead):
 
 def test_ranks_share_a_clock_and_a_timeline():
     ranks = run_ranks(4, _measure, 1000.0)
-    assert [round(offset / 100) for offset, *_ in ranks] == [0, -10, 0, 0]  # within 50 s, at any load
+    assert [offset for offset, *_ in ranks] == pytest.approx([0, -1000, 0, 0], abs=1)  # seconds, at any load
     assert all(spans == ranks[0][1] for _, spans, *_ in ranks)
     schedule = SCHEDULES["dualpipe"](4, 8)
     for program, row in zip(schedule.programs, ranks[0][1], strict=True):
         assert [span.action for span in row] == [action for slot in program for action in slot]
         for span, after in pairwise(row):
-            assert span.start <= span.ready <= span.end <= after.start
+            assert span.start <= span.ready <= span.end
+            assert span.slot == after.slot or span.end <= after.start
     ready = {span.action: span.ready for row in ranks[0][1] for span in row}
     waits = [span for row in ranks[0][1] for span in row if span.waited_for]
     assert waits, "nobody waited in a pipeline that has to fill"

@@ -6,7 +6,7 @@ import torch
 from infra.optim import Reduction
 from parallel.config import ParallelConfig
 from parallel.pipeline.overlap import ORDER, Side, run_pair
-from parallel.pipeline.passes import PAIRABLE
+from parallel.pipeline.passes import PAIRABLE, in_turn
 from tests.parallel.layouts import begin, build, tiny
 from tests.ranks import run_ranks
 
@@ -92,8 +92,9 @@ def test_weight_gradients_left_over_hide_the_last_journey_of_the_forward():
 
 def _gradients(rank, world, config, parallel, num_microbatches):
     result = {}
-    for overlap in (False, True):
-        replica, executor, mesh = build(config, parallel, world, num_microbatches, overlap)
+    pairs = parallel.make_schedule(num_microbatches)
+    for overlap, schedule in ((False, in_turn(pairs)), (True, pairs)):
+        replica, executor, mesh = build(config, parallel, world, num_microbatches, schedule)
         begin(config, replica, mesh, num_microbatches)
         executor.step()
         Reduction(replica.buckets).wait()
