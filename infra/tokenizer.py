@@ -110,6 +110,12 @@ def identity(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
+def check_fits(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
+    """Raises ValueError where a model of `vocab_size` has no row for some token."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{source} has {tokenizer.vocab_size} tokens, more than the model's vocab_size={vocab_size}")
+
+
 def published_files(tokenizer: Tokenizer) -> dict[str, str]:
     """The files, by name, from which `transformers` makes this tokenizer (AutoTokenizer.from_pretrained)."""
     text = tokenizer.to_tokenizers_json()

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from infra import checkpoint
-from infra.tokenizer import Tokenizer, published_files, tokenizer_from_json
+from infra.tokenizer import Tokenizer, check_fits, published_files, tokenizer_from_json
 from launch.errors import one_line_errors
 from launch.files import save
 from model.config import ModelConfig
@@ -122,14 +122,11 @@ def _tokenizer(folder: Path, config: ModelConfig, remedy: str) -> Tokenizer | No
     file = folder / "tokenizer.json"
     try:
         tokenizer = tokenizer_from_json(file.read_text(encoding="utf-8"), "it")
+        check_fits(tokenizer, config.vocab_size, "it")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be used ({error}); {remedy}") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{file} has {tokenizer.vocab_size} tokens, more than the model's vocab_size={config.vocab_size}; {remedy}"
-        )
     return tokenizer
 
 

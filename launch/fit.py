@@ -189,7 +189,7 @@ def resume(trainer: Trainer) -> None:
         lost = max(0, before[-1]["step"] - step) if before else 0
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if step < config.train.steps:
-            why = f"from step {step}, repeating {counted(lost, 'step')}"
+            why = f"from step {step}" + f", repeating {counted(lost, 'step')}" * bool(lost)
             incidents.note(folder, "resumed", step, why, lost=lost, attempt=attempt)
     if newest is not None:
         changed = trainer.load(newest)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from infra import checkpoint
-from infra.tokenizer import load_tokenizer
+from infra.tokenizer import check_fits, load_tokenizer
 from launch.errors import one_line_errors
 from model.generate import generate
 from model.transformer import Transformer
@@ -82,10 +82,12 @@ ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
 def main(composed: DictConfig) -> None:
     config = cast(GenerateConfig, OmegaConf.to_object(composed))
     folder = find(Path(config.checkpoint))
-    tokenizer = load_tokenizer(config.tokenizer or folder.parent.parent / "tokenizer.json")
+    name = config.tokenizer or folder.parent.parent / "tokenizer.json"
+    tokenizer, model = load_tokenizer(name), load(folder, config.weights)
+    check_fits(tokenizer, model.config.vocab_size, f"tokenizer={name}")
     prompt_L = torch.tensor(tokenizer.encode([config.prompt])[0].astype("int64"))
     tokens_BL = generate(
-        load(folder, config.weights),
+        model,
         prompt_L[None],
         config.num_tokens,
         config.temperature,

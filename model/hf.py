@@ -212,7 +212,6 @@ def write_hugging_face(
         raise ValueError(f"{folder} exists; name another folder, or remove it")
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = shard_bytes = 0
@@ -224,6 +223,7 @@ def write_hugging_face(
         shard, shard_bytes = {}, 0
 
     try:
+        beside.mkdir(parents=True)
         for our_name, our_tensor in tensors:
             for name, tensor in _published(our_name, our_tensor, config):
                 keep = tensor.dtype if name.endswith("e_score_correction_bias") else dtype

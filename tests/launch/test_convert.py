@@ -109,7 +109,7 @@ def test_the_tokenizer_goes_with_the_weights(tmp_path, tokenizer):
     [
         (b"{}", "tokenizer.json cannot be used .it is not a tokenizer of the `tokenizers` library: .*fetch it again"),
         (b"\xff", "tokenizer.json cannot be used .*fetch it again, or remove it to import the weights alone"),
-        (ByteTokenizer().to_json().encode(), "has 320 tokens, more than the model's vocab_size=64; fetch it again"),
+        (ByteTokenizer().to_json().encode(), "it has 320 tokens, more than the model's vocab_size=64.; fetch it again"),
     ],
 )
 def test_a_tokenizer_that_the_model_cannot_use_is_refused(tmp_path, content, words):

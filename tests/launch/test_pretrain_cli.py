@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from infra import distributed, incidents, run_lock
 from infra.prepare import PrepareConfig, prepare
+from infra.tokenizer import train_bpe
 from launch import generate, pretrain
 from tests.launch.runs import TIMES, small_data
 
@@ -104,7 +106,9 @@ def generated(monkeypatch, capsys, *options: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys):
+def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys, tmp_path):
+    large = tmp_path / "large.json"
+    large.write_text(train_bpe(map(str, range(1000)), 340).to_json())
     options = [f"checkpoint={unbroken}", "prompt='document 7'", "num_tokens=20"]
     greedy = generated(monkeypatch, capsys, *options, "temperature=0")
     assert greedy.startswith("document 7")
@@ -116,9 +120,11 @@ def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys):
         ("num_tokens=0", "num_tokens=0"),
         ("weights=best", "weights=best: expected one of master, ema"),
         ("weights=ema", "holds no averages"),
+        (f"tokenizer={large}", "large.json has 340 tokens, more than the model's vocab_size=320"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{words}"):
+        with pytest.raises(SystemExit, match="2"):
             generated(monkeypatch, capsys, *options, wrong)
+        assert re.fullmatch(f"error: .*{words}.*\n", capsys.readouterr().err)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
