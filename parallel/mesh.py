@@ -126,12 +126,8 @@ class MeshConfig:
         expert_dp, ep = divmod(dp, self.ep)
         return Coordinates(pp, dp, ep, expert_dp, rank // self.node_size, ep % self.ep_per_node)
 
-    def partition(self, axis: str, mirrored: bool = False) -> list[list[int]]:
-        """All groups of one axis, as lists of world ranks; together they are the world.
-
-        With `mirrored` the groups of pipeline ranks r and pp-1-r are merged: under DualPipe both hold the same two
-        stages, and their copies of a parameter are one parameter.
-        """
+    def partition(self, axis: str) -> list[list[int]]:
+        """All groups of one axis, as lists of world ranks; together they are the world."""
         keys = {
             "pp": lambda c: (c.dp,),
             "dp": lambda c: (c.pp,),
@@ -144,10 +140,7 @@ class MeshConfig:
             raise ValueError(f"{axis!r} is no axis of the mesh: one of {', '.join(AXES)}")
         groups: dict[tuple, list[int]] = {}
         for rank in range(self.world):
-            at = self.coordinates(rank)
-            if mirrored:
-                at = at._replace(pp=min(at.pp, self.pp - 1 - at.pp))
-            groups.setdefault(keys[axis](at), []).append(rank)
+            groups.setdefault(keys[axis](self.coordinates(rank)), []).append(rank)
         return list(groups.values())
 
     def check_experts(self, n_routed_experts: int, n_group: int) -> None:

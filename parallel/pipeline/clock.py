@@ -1,7 +1,7 @@
 """When something happened on a device: `mark` now, ask for `seconds` later.
 
 On a CPU a mark is the time. Work on a GPU runs after the call that asked for it, so there a mark is an event in its
-stream, and only reading the times waits for the device: measuring costs a step nothing that it would notice.
+stream. The device is waited for before a step and where the times are read, never between two actions.
 """
 
 from __future__ import annotations

@@ -47,8 +47,3 @@ class WeightGrads:
         queue = self._deferred.pop(mb, deque())
         while queue:
             queue.popleft()()
-
-    @property
-    def pending(self) -> int:
-        """Microbatches whose weight gradients are still to be computed."""
-        return len(self._deferred)

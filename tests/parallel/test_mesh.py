@@ -29,22 +29,14 @@ def test_v3_layout_fills_nodes():
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 8, 1), (2, 2, 8, 4), (1, 8, 2, 8), (4, 2, 4, 16), (2, 3, 6, 12), (1, 6, 8, 6)]
 )
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_every_axis_partitions_the_world(sizes, mirrored):
+def test_every_axis_partitions_the_world(sizes):
     mesh = MeshConfig(*sizes)
     size = {"pp": mesh.pp, "dp": mesh.dp, "ep": mesh.ep, "expert_dp": mesh.expert_dp}
     size |= {"node": mesh.ep_per_node, "peers": mesh.ep_nodes}
     for axis in AXES:
-        groups = mesh.partition(axis, mirrored)
+        groups = mesh.partition(axis)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(mesh.world))
-        if not mirrored:
-            assert {len(ranks) for ranks in groups} == {size[axis]}
-
-
-def test_mirrored_groups_join_both_ends_of_a_bidirectional_pipeline():
-    mesh = MeshConfig(pp=4, ep=2, ranks_per_node=8, world=8)
-    assert mesh.partition("dp", mirrored=True) == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    assert mesh.partition("expert_dp", mirrored=True) == [[0, 6], [1, 7], [2, 4], [3, 5]]
+        assert {len(ranks) for ranks in groups} == {size[axis]}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,6 @@ def test_dense_layers_are_spread_over_the_travel_of_the_other_side():
 def test_stages_of_different_kinds_run_to_their_ends(forward, backward):
     log: list[str] = []
     run_pair(_side("F", forward, log), _side("B", backward, log))
-    assert [e[:-3] for e in log if (e.endswith("(F)") and e[0] != "d") or e == "dense(F)"][: len(forward)]
     assert [e.removesuffix("(F)") for e in log if e.endswith("(F)") and "done" not in e] == forward
     assert [e.removesuffix("(B)") for e in log if e.endswith("(B)") and "done" not in e] == backward
     assert {"done(F)", "done(B)"} <= set(log)
