@@ -108,7 +108,7 @@ def generated(monkeypatch, capsys, *options: str) -> str:
 
 def test_a_run_can_be_continued_in_words(unbroken, monkeypatch, capsys, tmp_path):
     large = tmp_path / "large.json"
-    large.write_text(train_bpe(map(str, range(1000)), 340).to_json())
+    large.write_text(train_bpe(iter([Path(__file__).read_text()] * 2), 340).to_json())
     options = [f"checkpoint={unbroken}", "prompt='document 7'", "num_tokens=20"]
     greedy = generated(monkeypatch, capsys, *options, "temperature=0")
     assert greedy.startswith("document 7")
