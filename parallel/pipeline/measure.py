@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import groupby
 from statistics import fmean, median
 
 import torch
@@ -99,7 +100,7 @@ def calibrated(timeline: Timeline) -> Costs:
     A full B is I until its result left and W from there on; where the two were one (the first stage has nobody to hurry
     for), they share it as they do on the other stages. An op that a stage only ran in pairs takes the mean of the other
     stages', or a third of a pair if it never ran alone. fb is the mean time of the pairs over that of their parts.
-    p2p is the median time from leaving to starting, where the receiver waited for nothing else.
+    p2p is the median time from leaving to starting, where the receiver already stood still when the result left.
     """
     slots: dict[tuple[int, int], list[Span]] = defaultdict(list)
     for span in (span for row in timeline.spans for span in row):
@@ -143,11 +144,17 @@ def _alone(action: Action, f: list[float], i: list[float], w: list[float]) -> fl
 
 
 def _p2p_time(timeline: Timeline) -> float:
-    waited = timeline.waited_A >= 0
-    source_A = timeline.waited_A[waited]
-    crosses = timeline.rank_A[source_A] != timeline.rank_A[waited]
-    times = (timeline.start_A[waited] - timeline.ready_A[source_A])[crosses]
-    return max(median(times.tolist()), 0.0) if len(times) else 0.0
+    source_of = {span.action: span for row in timeline.spans for span in row}
+    times = []
+    for row in timeline.spans:
+        free = 0.0  # when the rank was through with its last slot
+        for _, slot in groupby(row, key=lambda span: span.slot):
+            span, *_ = slot
+            source = source_of.get(span.waited_for) if span.waited_for else None
+            if source and source.rank != span.rank and free <= source.ready:
+                times.append(span.start - source.ready)
+            free = span.end
+    return max(median(times), 0.0) if times else 0.0
 
 
 def per_rank(costs: Costs, num_ranks: int, pp: int) -> Costs:

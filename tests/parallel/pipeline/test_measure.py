@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from parallel.mesh import Group
 from parallel.pipeline import measure
-from parallel.pipeline.actions import Action, Op
+from parallel.pipeline.actions import Action, Op, depends_on
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P, Spec
 from parallel.pipeline.passes import lower
@@ -44,6 +44,17 @@ def test_a_first_stage_that_does_not_split_shares_as_the_others_do():
     ]
     found = measure.calibrated(type(timeline).from_spans(spans))
     assert (found.i, found.w) == (pytest.approx([2.0, 2.0]), pytest.approx([1.0, 1.0]))
+
+
+def test_a_result_that_left_long_before_says_nothing_of_the_travel():
+    """A receive may take a while though its sender was through long ago: the reader was slow to wake."""
+    schedule = SCHEDULES["1f1b"](4, 8)
+    timeline = simulate(schedule, Costs(p2p=0.25))
+    spans = [span for row in timeline.spans for span in row]
+    sources = [[s for s in depends_on(span.action, schedule) if s.stage != span.action.stage] for span in spans]
+    late = [span._replace(waited_for=of[0]) if of else span for span, of in zip(spans, sources, strict=True)]
+    assert sum(before != after for before, after in zip(spans, late, strict=True)) > 10
+    assert measure.calibrated(type(timeline).from_spans(late)).p2p == pytest.approx(0.25)
 
 
 def test_costs_of_one_pipeline_serve_another():
