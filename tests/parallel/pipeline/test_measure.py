@@ -48,8 +48,8 @@ def test_a_first_stage_that_does_not_split_shares_as_the_others_do():
 
 def test_a_result_that_left_long_before_says_nothing_of_the_travel():
     """A receive may take a while though its sender was through long ago: the reader was slow to wake."""
-    schedule = SCHEDULES["1f1b"](4, 8)
-    timeline = simulate(schedule, Costs(p2p=0.25))
+    schedule = SCHEDULES["gpipe"](2, 8)
+    timeline = simulate(schedule, Costs(f=[1.0, 3.0], i=[3.0, 1.0], p2p=0.25))  # results queue up, both ways
     spans = [span for row in timeline.spans for span in row]
     sources = [[s for s in depends_on(span.action, schedule) if s.stage != span.action.stage] for span in spans]
     late = [span._replace(waited_for=of[0]) if of else span for span, of in zip(spans, sources, strict=True)]
