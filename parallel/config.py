@@ -48,7 +48,7 @@ class ParallelConfig:
     schedule: one of `SCHEDULE_NAMES`.
     dispatcher: how tokens reach their experts; `auto` is the `default_dispatcher` of ep.
     dispatch_dtype: what dispatched rows travel in, one of `DISPATCH_DTYPES`. Under recompute=full, rows
-        that came as `fp8` wait for the backward in FP8, others in the dtype of the model.
+        that came in FP8 wait for the backward in FP8.
     force_balance: tokens are spread evenly, whatever the router says; for benchmarks, and labelled in the record.
     overlap: schedules have slots of two, whose phases interleave so that communication travels while the other
         microbatch computes; where experts are shared, 1f1b and zbv get such slots too, and hold more microbatches for

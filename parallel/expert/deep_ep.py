@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infra.fp8.quantize import Quantized, dequantize, tile_cast
+from infra.fp8.quantize import Quantized, tile_cast
 from infra.fp8.recipe import TILE
 from model.dispatch import Routed
 from parallel.expert.dispatcher import DispatchConfig, Dispatcher
 from parallel.expert.lane import Pending
-from parallel.expert.payload import row_bytes
+from parallel.expert.payload import row_bytes, values_of
 from parallel.expert.permutation import Rows
 from parallel.mesh import Mesh
 
@@ -97,7 +97,7 @@ class DeepEPDispatcher(Dispatcher):
             self.traffic.num_pairs += len(order_R)
             num_tokens_per_expert_E = torch.tensor(counts, device=x_TD.device)
             weights_R = received_weights[pair_R].to(topk_weights_TK.dtype)
-            return Routed(rows.expand(self._decode(payload, x_TD.dtype)), weights_R, num_tokens_per_expert_E, handle)
+            return Routed(self._decode(payload, rows, x_TD.dtype), weights_R, num_tokens_per_expert_E, handle)
 
         return Pending(cache(finish))
 
@@ -129,7 +129,7 @@ class DeepEPDispatcher(Dispatcher):
 
         def finish() -> Tensor:
             event.current_stream_wait()
-            return handle.rows.expand(self._decode(payload, gy_TD.dtype))
+            return self._decode(payload, handle.rows, gy_TD.dtype)
 
         return Pending(cache(finish))
 
@@ -148,8 +148,12 @@ class DeepEPDispatcher(Dispatcher):
         q_TD, sf_TJ = tile_cast(x_TD)
         return q_TD, sf_TJ
 
-    def _decode(self, payload: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        return dequantize(Quantized(*payload), dtype) if isinstance(payload, tuple) else payload
+    def _decode(self, payload: Tensor | tuple[Tensor, Tensor], rows: Rows, dtype: torch.dtype) -> Tensor:
+        if isinstance(payload, Tensor):
+            return rows.expand(payload)
+        q_TD, sf_TJ = payload
+        q_RD = rows.expand(q_TD.view(torch.uint8)).view(q_TD.dtype)
+        return values_of(Quantized(q_RD, rows.expand(sf_TJ)), dtype, power_of_two=False)
 
     def _count(self, leg: str, handle: DeepEPHandle, like_TD: Tensor) -> None:
         dtype = self.config.dispatch_dtype if leg == "dispatch" else "native"

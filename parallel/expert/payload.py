@@ -36,20 +36,23 @@ def encode(x_TD: Tensor, dispatch_dtype: str) -> Tensor:
 
 
 def decode(rows: Tensor, hidden: int, dtype: torch.dtype, dispatch_dtype: str) -> Tensor:
-    """The inverse of `encode`: [T, D] of `dtype`; what came as `fp8` has it as `quantized` (infra/fp8/linear.py)."""
+    """The inverse of `encode`: [T, D] of `dtype`, which say how they came, see `values_of`."""
     if dispatch_dtype == "native":
         return rows
     q_TD = rows[:, :hidden].contiguous().view(torch.float8_e4m3fn)
     sf_bytes = rows[:, hidden:].clone(memory_format=torch.contiguous_format)  # FP32 must start at a multiple of four
     if dispatch_dtype == "fp8":
-        return values_of(Quantized(q_TD, (sf_bytes.int() << 23).view(torch.float32)), dtype)
-    return dequantize(Quantized(q_TD, sf_bytes.view(torch.float32)), dtype)
+        return values_of(Quantized(q_TD, (sf_bytes.int() << 23).view(torch.float32)), dtype, power_of_two=True)
+    return values_of(Quantized(q_TD, sf_bytes.view(torch.float32)), dtype, power_of_two=False)
 
 
-def values_of(rows: Quantized, dtype: torch.dtype) -> Tensor:
-    """The rows in `dtype`, with what they came from, whose scale factors are powers of two, as `quantized`."""
+def values_of(rows: Quantized, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """The rows in `dtype`, with what they came as, in which they may wait, as `came_as`; where its scale factors are
+    powers of two, it is an operand as well: `quantized` (infra/fp8/linear.py)."""
     x_TD = dequantize(rows, dtype)
-    x_TD.quantized = rows  # type: ignore[attr-defined]
+    x_TD.came_as = rows  # type: ignore[attr-defined]
+    if power_of_two:
+        x_TD.quantized = rows  # type: ignore[attr-defined]
     return x_TD
 
 

@@ -111,10 +111,11 @@ class _InFp8(NamedTuple):
 
     rows: Quantized
     dtype: torch.dtype
+    power_of_two: bool
 
 
 def _kept(value: Value) -> Value:
-    return _InFp8(value.quantized, value.dtype) if hasattr(value, "quantized") else value
+    return _InFp8(value.came_as, value.dtype, hasattr(value, "quantized")) if hasattr(value, "came_as") else value
 
 
 class _Enter(torch.autograd.Function):

@@ -33,7 +33,12 @@ DUALPIPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, {}), (4, DUALPIPE)], ids=["alone", "dualpipe"])
+WITH_FP32_FACTORS = {"dispatcher": "all_to_all", "dispatch_dtype": "fp8_fp32_sf"}
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, {}), (1, WITH_FP32_FACTORS), (4, DUALPIPE)], ids=["alone", "fp32 factors", "dualpipe"]
+)
 def test_recomputation_changes_no_bit(world, layout):
     want = run_ranks(world, gradients, ParallelConfig(**layout))
     for recompute in ("selective", "full"):
@@ -56,10 +61,10 @@ def test_a_split_backward_and_fp8_payloads_are_the_same_training():
         assert distance(got, want) < 1e-6, layout  # the rows of experts are rounded to the same powers of two
 
 
-def _decoded(rank, world):
-    """How many matrices in FP8 the experts' rows are in, and in BF16, while microbatches are in flight."""
+def _decoded(rank, world, options):
+    """Bytes of the tensors that say how they came, while a microbatch is in flight."""
     config = tiny(hidden_size=160)
-    parallel = ParallelConfig(ep=2, dispatcher="all_to_all", dispatch_dtype="fp8")
+    parallel = ParallelConfig(ep=2, dispatcher="all_to_all", **options)
     replica, _, mesh = build(config, parallel, world, 1, precision="fp8")
     begin(config, replica, mesh, 1)
     (stage,) = replica.stages.values()
@@ -67,13 +72,18 @@ def _decoded(rank, world):
         pass
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
-    received = [t for t in tensors if hasattr(t, "quantized") and isinstance(t.quantized, Quantized)]
+    received = [t for t in tensors if isinstance(getattr(t, "came_as", None), Quantized)]
     return [t.untyped_storage().nbytes() for t in received]
 
 
-def test_received_rows_wait_in_fp8_alone():
+@pytest.mark.parametrize(
+    "options",
+    [{"dispatch_dtype": "fp8"}, {"dispatch_dtype": "fp8_fp32_sf", "recompute": "full"}],
+    ids=["none", "full"],
+)
+def test_received_rows_wait_in_fp8_alone(options):
     """No tensor of a forward that has ended still has the rows in BF16."""
-    for sizes in run_ranks(2, _decoded):
+    for sizes in run_ranks(2, _decoded, options):
         assert sizes == []
 
 

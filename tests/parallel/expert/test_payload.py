@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from infra.fp8.quantize import dequantize
 from parallel.expert.payload import decode, encode, row_bytes
 
 FP8 = ("fp8", "fp8_fp32_sf")
@@ -41,7 +42,9 @@ def test_only_powers_of_two_are_handed_on_as_operands():
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     rows = decode(encode(x, "fp8"), 256, x.dtype, "fp8")
     assert torch.equal(rows.quantized.sf, rows.quantized.sf.log2().round().exp2())
-    assert not hasattr(decode(encode(x, "fp8_fp32_sf"), 256, x.dtype, "fp8_fp32_sf"), "quantized")
+    others = decode(encode(x, "fp8_fp32_sf"), 256, x.dtype, "fp8_fp32_sf")
+    assert not hasattr(others, "quantized")
+    assert torch.equal(dequantize(others.came_as, x.dtype), others)
 
 
 @pytest.mark.parametrize("dispatch_dtype", FP8)
