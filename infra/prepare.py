@@ -38,6 +38,8 @@ from infra.token_file import SPLITS, VERSION, DataError, Header, Split, read_hea
 from infra.tokenizer import Tokenizer, identity, load_tokenizer, tokenizer_from_json, train_bpe
 from infra.wording import counted
 
+MOST_TOKENS = 10_000_000  # of a vocabulary; tables for a hundred times as many fill a machine's memory
+
 
 @dataclass
 class TrainBPEConfig:
@@ -45,6 +47,12 @@ class TrainBPEConfig:
 
     vocab_size: int = 0
     max_bytes: int = 256 << 20  # of text to learn from, taken evenly over the sources
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.vocab_size <= MOST_TOKENS:
+            raise ValueError(f"train_bpe.vocab_size={self.vocab_size} must be between 0 (none) and {MOST_TOKENS:,}")
+        if self.max_bytes < 1:
+            raise ValueError(f"train_bpe.max_bytes={self.max_bytes} must be at least 1")
 
 
 @dataclass

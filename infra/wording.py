@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def counted(number: int, what: str) -> str:
-    """1 step, 1,000 steps."""
-    return f"{number:,} {what}" + "s" * (number != 1)
+    """1 step, 1,000 steps, 2 microbatches."""
+    return f"{number:,} {what}" + ("" if number == 1 else "es" if what.endswith("ch") else "s")
 
 
 def duration(seconds: float) -> str:

@@ -20,8 +20,6 @@ from parallel.pipeline.simulate import Costs
 from parallel.plan.layout import Layout, illegal
 from parallel.plan.step import StepModel, leaving_seconds, slot_seconds
 
-LAYOUT_WORDS = [one.name for one in fields(Layout) if one.name not in ("pp", "schedule")]
-
 
 def costs_of(options: dict[str, Any], overrides: list[str]) -> Costs:
     """`Costs` from the options: what `costs.file` says holds, but for what the command line (`overrides`) names."""
@@ -93,10 +91,8 @@ def planned_costs(
 ) -> Planned:
     """The step of a schedule by its name as the planner has it, in pairs or in turn as the layout runs. layout: other
     words of `parallel.plan.layout.Layout`; all ranks of the cluster where it names no `world`."""
-    for name in layout:
-        check_choice("layout: word", name, LAYOUT_WORDS)
     check_choice("parallel.schedule with cluster=", schedule.name, SCHEDULES)
-    world = int(layout.get("world", cluster.num_ranks))
+    world = layout.get("world", cluster.num_ranks)
     words: dict[str, Any] = {"world": world, "ranks_per_node": min(cluster.ranks_per_node, world)} | layout
     words.setdefault("dispatcher", default_dispatcher(words.get("ep", 1)))
     chosen = Layout(pp=schedule.num_ranks, schedule=schedule.name, **words)

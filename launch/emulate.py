@@ -92,6 +92,10 @@ class EmulateConfig:
         for name, most in (("nodes", 250), ("ranks_per_node", 250)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {most}")
+        if not 0 <= self.grace < float("inf"):
+            raise ValueError(f"grace={self.grace} must be seconds, 0 or more")
+        if self.report is not None and Path(self.report).is_dir():
+            raise ValueError(f"report={self.report} is a folder: name a JSON file")
 
 
 def _run(*words: str, stdin: str | None = None) -> str:

@@ -19,7 +19,6 @@ unless you fit it to a run of your own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,59 +37,15 @@ from launch.expert_load import read_expert_load
 from launch.files import check_folder
 from launch.plan_report import SPARE, as_row, line_of, report
 from launch.sweep import is_asked, is_sweep, leave_row, row_or_note, sweep, swept_words
+from launch.told import BesideConfig, ToldConfig
 from model.config import ModelConfig
 from parallel.config import check_at_least, check_choice
-from parallel.pipeline.schedules import SCHEDULES
 from parallel.plan.goodput import Goodput, goodput, work_hours
 from parallel.plan.interval import Ranges, interval
-from parallel.plan.layout import PRECISIONS, RECOMPUTES
+from parallel.plan.layout import PRECISIONS
 from parallel.plan.memory import MemoryModel
 from parallel.plan.search import Plan, Planner, Row
 from parallel.plan.step import StepModel
-
-
-@dataclass
-class ToldConfig:
-    """Words of `parallel` that are told; what is null is searched."""
-
-    pp: int | None = None
-    ep: int | None = None
-    schedule: str | None = None
-    dispatcher: str | None = None
-    overlap: bool | None = None
-    recompute: str | None = None
-    zero_stage: int | None = None
-
-    def __post_init__(self) -> None:
-        check_words("parallel", self)
-
-
-@dataclass
-class BesideConfig(ToldConfig):
-    """The words in which a layout beside the winner differs from it."""
-
-    precision: str | None = None
-    microbatch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        check_words("beside", self)
-
-
-_CHOICES: dict[str, Sequence[Any]] = {
-    "schedule": tuple(SCHEDULES),
-    "dispatcher": ("local", "all_to_all", "two_hop"),
-    "recompute": RECOMPUTES,
-    "zero_stage": (0, 1),
-    "precision": PRECISIONS,
-}
-
-
-def check_words(where: str, words: ToldConfig) -> None:
-    for name, value in asdict(words).items():
-        if value is not None and name in _CHOICES:
-            check_choice(f"{where}.{name}", value, _CHOICES[name])
-        elif value is not None and not isinstance(value, bool):
-            check_at_least(f"{where}.{name}", value)
 
 
 @dataclass

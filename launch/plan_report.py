@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import conf
+from infra.wording import counted
 from launch.files import save
 from launch.summary import as_csv, as_html, show_table
+from launch.told import told
 from parallel.plan.goodput import Goodput
 from parallel.plan.interval import Interval, interval
 from parallel.plan.layout import OVERLAPPING, Layout, illegal
@@ -73,15 +75,10 @@ def line_of(config: PlanConfig, model: str, layout: Layout) -> str:
     return " ".join(words)
 
 
-def beside_words(config: PlanConfig) -> dict[str, Any]:
-    """What `beside` names."""
-    return {} if config.beside is None else {k: v for k, v in asdict(config.beside).items() if v is not None}
-
-
-def beside_of(config: PlanConfig, planner: Planner, winner: Row) -> tuple[Row | None, str]:
-    """The layout of `beside`, or None and why it is not legal here."""
-    told: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": "two_hop"} | beside_words(config)
-    layout = replace(winner.layout, **told)
+def beside_of(config: PlanConfig, words: dict[str, Any], planner: Planner, winner: Row) -> tuple[Row | None, str]:
+    """The layout of these words, or None and why it is not legal here."""
+    others: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": "two_hop"}
+    layout = replace(winner.layout, **(others | words))
     why = illegal(config.model, layout, config.train.global_batch_size)
     return (None, f"not legal here, {why}") if why else (planner.row(layout), "")
 
@@ -140,9 +137,9 @@ def show_memory(console: Console, planner: Planner, winner: Row) -> None:
 
 def show_bill(console: Console, config: PlanConfig, bill: Goodput, world: int) -> None:
     console.print(
-        f"[bold]{config.train.tokens / 1e12:g} T tokens[/bold]: {bill.days:.1f} days on {world} ranks, "
+        f"[bold]{config.train.tokens / 1e12:g} T tokens[/bold]: {bill.days:.1f} days on {counted(world, 'rank')}, "
         f"{bill.gpu_hours / 1e6:.3f} M GPU-hours, ${bill.dollars / 1e6:.3f} M at ${config.cluster.dollars_per_hour:g} "
-        f"an hour with {bill.spare_nodes} spare nodes; useful {100 * bill.share:.1f} % of the time: "
+        f"an hour with {counted(bill.spare_nodes, 'spare node')}; useful {100 * bill.share:.1f} % of the time: "
         f"{bill.failures:.0f} failures expected, a checkpoint every {bill.interval_s / 60:.1f} minutes "
         f"({bill.save_s:.1f} s each)",
         soft_wrap=True,
@@ -195,13 +192,13 @@ def doubts(config: PlanConfig, planner: Planner, layout: Layout) -> list[str]:
 
 def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: Goodput, console: Console) -> None:
     winner = plan.rows[0]
-    words = " ".join(f"{name}={value}" for name, value in beside_words(config).items())
-    beside, where = beside_of(config, planner, winner) if words else (None, "")
+    words = told(config.beside) if config.beside else {}
+    beside, where = beside_of(config, words, planner, winner) if words else (None, "")
     batch = config.train.global_batch_size
     spans = [interval(planner.step, row.layout, batch, config.doubt) for row in plan.rows[: config.show]]
     rows = [as_row(config, n, row, span) for n, (row, span) in enumerate(zip_longest(plan.rows, spans), start=1)]
     console.print(
-        f"{plan.num_legal:,} legal layouts, {plan.num_fitting:,} fit {config.cluster.memory_gb:g} GB, "
+        f"{counted(plan.num_legal, 'legal layout')}, {plan.num_fitting:,} fit {config.cluster.memory_gb:g} GB, "
         f"{len(rows)} of them replayed",
         highlight=False,
     )
@@ -210,7 +207,8 @@ def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: G
         place = next((n for n, row in enumerate(plan.rows, start=1) if row.layout == beside.layout), None)
         where = f"row {place} of {plan.num_fitting}" if place else "not among those replayed"
     if words:
-        console.print(f"beside ({words}): {where}", soft_wrap=True, highlight=False)
+        named = " ".join(f"{name}={value}" for name, value in words.items())
+        console.print(f"beside ({named}): {where}", soft_wrap=True, highlight=False)
     if beside is not None:
         show_verdict(console, "beside", planner, beside.layout, beside.memory)
     show_verdict(console, "winner", planner, winner.layout, winner.memory)

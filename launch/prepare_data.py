@@ -28,7 +28,7 @@ def summary(path: str, header: Header) -> str:
     train, held_out = header.train, header.held_out
     without = "" if held_out.num_tokens else " train.eval_samples=0"  # nothing to evaluate on
     return (
-        f"{path}: {train.num_tokens:,} tokens of {counted(train.num_documents, 'document')} to train on, "
+        f"{path}: {counted(train.num_tokens, 'token')} of {counted(train.num_documents, 'document')} to train on, "
         f"{held_out.num_tokens:,} of {held_out.num_documents:,} held out\n"
         f"vocabulary {header.vocab_size}, {train.bytes_per_token:.3f} bytes of text per token\n"
         f"train on it: python launch/pretrain.py data.path={path} model.vocab_size={header.vocab_size}{without}"

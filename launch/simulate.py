@@ -41,8 +41,9 @@ from infra.hardware import ClusterConfig
 from launch.costs import costs_of, measured_costs, measured_shape, named, planned_costs, read_text
 from launch.errors import one_line_errors
 from launch.files import check_folder, save
-from launch.summary import Row
+from launch.summary import Row, shape_of
 from launch.sweep import is_asked, is_sweep, job_number, leave_row, row_or_note, sweep, swept_words
+from launch.told import LayoutConfig, told
 from model.config import ModelConfig
 from parallel.config import check_at_least, check_choice
 from parallel.pipeline.actions import Schedule
@@ -58,6 +59,7 @@ MICROSECONDS = {"": 1e3, "s": 1e6, "ms": 1e3, "us": 1.0}  # of one unit of time,
 QUANTILES = (0.05, 0.5, 0.95)
 YOUNG = 100_000  # objects between two searches for garbage: a schedule is many tuples, and no cycles
 MOST_FORWARDS = 10_000_000  # of all ranks; about 15 GB
+MOST_RUNS = 100_000
 MOST_DRAWN = 200_000  # actions; viewers and browsers hold no more
 
 
@@ -105,7 +107,7 @@ class SimulateConfig:
     auto: AutoConfig = field(default_factory=AutoConfig)
     model: ModelConfig | None = None
     cluster: ClusterConfig | None = None  # costs are then the planner's, in seconds, but for those named here
-    layout: Any = None  # with cluster=, a dict: {ep: 64, recompute: selective, ...}
+    layout: LayoutConfig = field(default_factory=LayoutConfig)  # with cluster=
     sequence_length: int = 4096  # with cluster=
     unit: str = ""  # of the costs: a word for the pictures, the scale of the trace
     seed: int = 0  # of costs.jitter
@@ -123,7 +125,14 @@ class SimulateConfig:
         elif self.cluster is not None:
             self.unit = "s"
         check_at_least("num_microbatches", self.num_microbatches)
-        check_at_least("num_runs", self.num_runs)
+        check_at_least("sequence_length", self.sequence_length)
+        check_at_least("seed", self.seed, 0)
+        if not 1 <= self.num_runs <= MOST_RUNS:
+            raise ValueError(f"num_runs={self.num_runs}: must be between 1 and {MOST_RUNS:,}")
+        if self.measure is not None and self.cluster is not None:
+            raise ValueError("measure= and cluster= both bring costs: name one of them")
+        if self.cluster is None and (self.model is not None or told(self.layout)):
+            raise ValueError("model= and layout= are for the planner's costs: name cluster=, as in cluster=h800_2048")
         check_choice("unit", self.unit, MICROSECONDS)
 
 
@@ -132,9 +141,11 @@ def schedule_of(config: SimulateConfig, costs: Costs) -> Schedule:
     if parallel.schedule_csv is not None:
         return from_csv(read_text(parallel.schedule_csv), name=parallel.schedule_csv)
     shape = (parallel.pp, config.num_microbatches)
-    if math.prod(shape) > MOST_FORWARDS:
+    stages = parallel.stages_per_rank if parallel.schedule in ("interleaved_1f1b", "auto") else 1
+    if (forwards := math.prod(shape) * stages) > MOST_FORWARDS:
         what = f"parallel.pp={shape[0]} times num_microbatches={shape[1]}"
-        raise ValueError(f"{what} are {math.prod(shape):,} forwards: memory holds about {MOST_FORWARDS:,}")
+        what += f" times parallel.stages_per_rank={stages}" if stages > 1 else ""
+        raise ValueError(f"{what} are {forwards:,} forwards: memory holds about {MOST_FORWARDS:,}")
     if parallel.schedule == "auto":
         return auto(*shape, costs, config.auto.memory_limit, config.auto.shape, parallel.stages_per_rank)
     if parallel.schedule in MADE_FOR_COSTS:
@@ -190,7 +201,7 @@ def write(
     if schedule.num_routes == 1:
         files["schedule.csv"] = to_csv(schedule)
     if len(timeline.op_A) <= MOST_DRAWN:
-        title = f"{schedule.name}, {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches"
+        title = shape_of(schedule)
         trace = chrome_trace(
             timeline, schedule, p2p=costs.p2p_time, microseconds=MICROSECONDS[config.unit], title=title
         )
@@ -219,7 +230,7 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
         peaks = (f"{timeline.peak_memory(rank):.4g}", str(timeline.peak_live(rank)))
         table.add_row(str(rank), *(f"{time:.6g}" for time in times), longest, *peaks)
     console.print(table)
-    shape = f"{schedule.name}, {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches"
+    shape = shape_of(schedule)
     figures = ", ".join(f"{name} {value}" for name, value in facts(timeline, unit))
     console.print(f"[bold]{shape}[/bold]: {figures}", soft_wrap=True)
 
@@ -243,12 +254,12 @@ def step(config: SimulateConfig, overrides: list[str]) -> Step:
     elif config.cluster is not None:
         schedule = schedule_of(config, costs)
         model = config.model or ModelConfig()
-        told = named(costs, overrides)
+        given = named(costs, overrides)
         planned, schedule, slots, notes = planned_costs(
-            model, config.cluster, schedule, config.layout or {}, config.sequence_length
+            model, config.cluster, schedule, told(config.layout), config.sequence_length
         )
-        costs = replace(planned, **told)
-        if {"f", "i", "w", "fb", "send_when"} & set(told):  # then slots are as told
+        costs = replace(planned, **given)
+        if {"f", "i", "w", "fb", "send_when"} & set(given):  # then slots are as told
             slots = None
     else:
         schedule = schedule_of(config, costs)
@@ -272,6 +283,11 @@ def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, conso
     from launch.trace import write_comparison
     from parallel.pipeline.measure import calibrated
 
+    if config.cluster is not None and costs.fb is not None:
+        raise ValueError(
+            "execute=true gives F, I and W their own times one after the other, but cluster= plans them in overlapped "
+            "pairs: use layout.overlap=false"
+        )
     schedule = in_turn(schedule)  # a stage that only takes time has nothing to lay over another
     unit_ms = MICROSECONDS[config.unit] / 1e3
     measured = execute(schedule, costs, unit_ms / 1e3, config.work)
@@ -308,6 +324,12 @@ def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> 
     if costs.jitter:
         figures = ", ".join(f"{float(q):.0%} {time:.6g}" for q, time in report["step_time_quantiles"].items())
         console.print(f"step time, quantiles of {config.num_runs} runs with jitter: {figures}", soft_wrap=True)
+    if found.slots is None and costs.send_when == "ready":
+        atomic = simulate(schedule, replace(costs, send_when="slot_end"), seed=config.seed)
+        if atomic.step_time != timeline.step_time:
+            figures = f"step time {atomic.step_time:.6g}, bubble {atomic.bubble_fraction:.1%}".replace("%", " %")
+            why = "here an input gradient leaves when it is ready; when its slot ends, as published formulas have it"
+            console.print(f"{why} (costs.send_when=slot_end): {figures}", soft_wrap=True, highlight=False)
     if lost := shortfall(schedule):
         console.print(lost, soft_wrap=True)
     report["notes"] = notes
@@ -326,6 +348,8 @@ _NAMED = ("parallel.schedule", "parallel.schedule_csv", "parallel.pp", "num_micr
 
 def row_of(config: SimulateConfig, overrides: list[str]) -> Row:
     """Runs one combination of a sweep."""
+    if config.execute:
+        raise ValueError("execute=true runs one schedule, under torchrun: leave out -m")
     found = step(config, overrides)
     costs, schedule, timeline, *_ = found
     if config.out is not None:

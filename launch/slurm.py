@@ -1,14 +1,15 @@
 """Writes the sbatch file of a multi-node run, with the code and the config of this moment beside it; submits it.
 
     python launch/slurm.py line='model=671b parallel.pp=16 ...' nodes=256 run.dir=/shared/runs/v3
-    python launch/slurm.py plan=plans/h100/plan.json run.dir=/shared/runs/a submit=true
+    python launch/slurm.py plan=plans/h100 run.dir=/shared/runs/a submit=true
 
-line: the overrides of launch/pretrain.py, as launch/plan.py prints them; or plan: its plan.json, of which `row` (1: the
-winner) is taken, with its number of ranks. In run.dir, which all nodes must see:
+line: the overrides of launch/pretrain.py, as launch/plan.py prints them; or plan: its plan.json, or the folder of
+that, of which `row` (1: the winner) is taken, with its number of ranks. In run.dir, which all nodes must see:
 
     job.sbatch      srun starts a process a rank; run it again with sbatch: the run goes on where it was
-    code/HASH/      every file of this repository that git knows, as it is now, with what is not committed; a job keeps
-                    the one that it was written with, whatever is prepared here later
+    code/HASH/      every file of this repository that git tracks, as it is now, committed or not, and new ones that
+                    git neither tracks nor ignores, up to 1 MB each (larger ones are named: `git add` takes them
+                    along); a job keeps the one that it was written with, whatever is prepared here later
     config.line     the overrides, one a line; run.dir is added
 
 Every word goes into the batch file through shlex.quote. Python, nodes, account and partition are yours to
@@ -30,14 +31,19 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from rich.filesize import decimal
 
 from conf.schema import Config, register
+from infra.wording import counted
 from launch.errors import one_line_errors
 from launch.files import save
 from launch.layout import checked_mesh
+from parallel.config import check_at_least
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEXT = ("line=", "plan=", "run.dir=", "name=", "time=", "python=")
+MOST_NODES = 100_000
+MOST_NEW = 1_000_000  # bytes of a file that git does not track: a larger one is data that lies about, not code
 
 
 @dataclass
@@ -67,10 +73,11 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         if (self.line is None) == (self.plan is None):
-            raise ValueError("name one of line='model=... parallel.pp=...' and plan=DIR/plan.json")
+            raise ValueError("name one of line='model=... parallel.pp=...' and plan=DIR")
         for name in ("ranks_per_node", "cpus_per_rank", "row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            check_at_least(name, getattr(self, name))
+        if self.nodes is not None and not 1 <= self.nodes <= MOST_NODES:
+            raise ValueError(f"nodes={self.nodes}: must be between 1 and {MOST_NODES:,}")
         if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", self.time):
             raise ValueError(f"time={self.time}: write it as Slurm does, 24:00:00 or 7-00:00:00")
         words = {"name": self.name, "account": self.account, "partition": self.partition}
@@ -91,15 +98,20 @@ class SlurmConfig:
 def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     """(overrides of launch/pretrain.py, ranks where a plan says so)"""
     if config.line is not None:
-        words = shlex.split(config.line)
+        try:
+            words = shlex.split(config.line)
+        except ValueError as error:
+            raise ValueError(f"line={config.line}: not the words of a shell ({error})") from None
         return words[words[:1] == ["launch/pretrain.py"] :], None  # as launch/plan.py prints the line
+    path = Path(str(config.plan))
+    path = path / "plan.json" if path.is_dir() else path
     try:
-        rows = json.loads(Path(str(config.plan)).read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         lines = [(str(row["line"]), int(row["ranks"])) for row in rows]
     except (ValueError, KeyError, TypeError):  # no JSON, or another's
-        raise ValueError(f"plan={config.plan} is not a plan.json of launch/plan.py (out=DIR writes one)") from None
+        raise ValueError(f"plan={path} is not a plan.json of launch/plan.py (out=DIR writes one)") from None
     if not 1 <= config.row <= len(lines):
-        raise ValueError(f"row={config.row}: {config.plan} has {len(lines)} rows")
+        raise ValueError(f"row={config.row}: {path} has {len(lines)} rows")
     line, ranks = lines[config.row - 1]
     return shlex.split(line), ranks
 
@@ -119,25 +131,32 @@ def checked_words(config: SlurmConfig, words: list[str], world: int) -> list[str
     return words
 
 
-def snapshot_code(folder: Path) -> tuple[Path, int]:
-    """Copies every file that git tracks or would track into a folder in `folder` that is named by what they hold;
-    returns it, and how many they are. What is there already is left alone: a run may be at work with it. Raises
-    ValueError outside a repository, and where git would track the copy."""
-    git = ["git", "-C", str(ROOT)]
-    if (
-        folder.resolve().is_relative_to(ROOT)
-        and subprocess.run([*git, "check-ignore", "-q", folder.resolve()]).returncode
-    ):
+def code_files() -> tuple[list[str], list[str]]:
+    """(files to take along, files left out): what git tracks, and what is new to it, neither tracked nor ignored, but
+    for new files above `MOST_NEW`. Raises ValueError outside a repository."""
+
+    def listed(*options: str) -> list[str]:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{ROOT} is no git repository: its code cannot be snapshotted")
+        return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+    new = listed("--others", "--exclude-standard")
+    large = [name for name in new if (ROOT / name).stat().st_size > MOST_NEW]
+    return sorted({*listed("--cached"), *new} - {*large}), large
+
+
+def snapshot_code(folder: Path) -> tuple[Path, str]:
+    """Copies `code_files` into a folder in `folder` that is named by what they hold; returns it, and what was taken,
+    in words. What is there already is left alone: a run may be at work with it. Raises ValueError where git would
+    track the copy."""
+    ignored = ["git", "-C", str(ROOT), "check-ignore", "-q", str(folder.resolve())]
+    if folder.resolve().is_relative_to(ROOT) and subprocess.run(ignored).returncode:
         raise ValueError(
             f"run.dir={folder.parent} is part of the code that a run takes along: use runs/NAME, or a folder elsewhere"
         )
-    listed = subprocess.run(
-        [*git, "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if listed.returncode:
-        raise ValueError(f"{ROOT} is no git repository: its code cannot be snapshotted")
-    names = sorted(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
+    names, large = code_files()
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\0{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}\0".encode())
@@ -149,7 +168,14 @@ def snapshot_code(folder: Path) -> tuple[Path, int]:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, partial / name)
         partial.rename(target)
-    return target, len(names)
+    said = f"{counted(len(names), 'file')} of code, {_size(names)}, in {target}"
+    if large:
+        said += f"; left out, as git does not track them: {', '.join(f'{name} ({_size([name])})' for name in large)}"
+    return target, said
+
+
+def _size(names: list[str]) -> str:
+    return decimal(sum((ROOT / name).stat().st_size for name in names))
 
 
 def batch_file(config: SlurmConfig, nodes: int, words: list[str], code: Path) -> str:
@@ -188,7 +214,7 @@ exec srun --kill-on-bad-exit=1 {shlex.quote(config.python)} {command}
 
 
 def prepare(config: SlurmConfig) -> tuple[Path, int, str]:
-    """Writes everything; returns (the batch file, nodes, what code it runs)."""
+    """Writes everything; returns (the batch file, nodes, what code was taken)."""
     words, ranks = chosen_line(config)
     if config.nodes is None and ranks is None:
         raise ValueError("nodes= is missing: a line does not say how many ranks it is for (a plan does)")
@@ -203,12 +229,12 @@ def prepare(config: SlurmConfig) -> tuple[Path, int, str]:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        code, count = snapshot_code(folder / "code")
+        code, taken = snapshot_code(folder / "code")
         save(folder / "config.line", "\n".join(words) + "\n")
         save(folder / "job.sbatch", batch_file(config, nodes, words, code))
     except OSError as error:
         raise ValueError(f"run.dir={folder} cannot be written ({error.strerror}): choose another folder") from None
-    return folder / "job.sbatch", nodes, f"{count} files of code in {code}"
+    return folder / "job.sbatch", nodes, taken
 
 
 def submit(path: Path) -> str:
@@ -238,8 +264,9 @@ def main() -> None:
         OmegaConf.update(merged, name, value)  # whatever signs it holds
     config = OmegaConf.to_object(merged)
     assert isinstance(config, SlurmConfig)
-    path, nodes, code = prepare(config)
-    print(f"{path}: {nodes} nodes of {config.ranks_per_node} ranks; {code}")
+    path, nodes, taken = prepare(config)
+    print(f"{path}: {counted(nodes, 'node')} of {counted(config.ranks_per_node, 'rank')}")
+    print(taken)
     print(submit(path) if config.submit else f"submit it with: sbatch {shlex.quote(str(path))}")
 
 

@@ -13,8 +13,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from infra.wording import counted
+from parallel.pipeline.actions import Schedule
+
 LEAST_TEXT = 20  # columns in which a cell of text is broken between words
 Row = dict[str, Any]  # values are text, numbers, or None for what is not known
+
+
+def shape_of(schedule: Schedule) -> str:
+    """As in dualpipe, 8 ranks, 20 microbatches."""
+    ranks, microbatches = counted(schedule.num_ranks, "rank"), counted(schedule.num_microbatches, "microbatch")
+    return f"{schedule.name}, {ranks}, {microbatches}"
 
 
 def show_table(console: Console, rows: Sequence[Row], spare: Sequence[str] = ()) -> None:

@@ -129,7 +129,7 @@ def show_rows(
     last = float("inf")
     rows = sorted(rows, key=lambda row: tuple(last if row.get(name) is None else row[name] for name in by))
     names = list(dict.fromkeys(name for row in rows for name in row))
-    results = {*always, *by, *scatter}
+    results = {*always, *by, *scatter, *(["note"] if any(row.get("note") for row in rows) else [])}
     keys = [name for name in names if name in results or len({str(row.get(name)) for row in rows}) > 1]
     rows = [{key: row.get(key) for key in keys} for row in rows]
     notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.files import save
+from launch.summary import shape_of
 from parallel.mesh import Group
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.executor import Executor
@@ -38,7 +39,7 @@ def write_comparison(
     folder: Path, schedule: Schedule, costs: Costs, timeline: Timeline, simulated: tuple[str, Timeline]
 ) -> None:
     """The files of a measured `timeline` and of what was simulated, under its name. costs: those measured."""
-    title = f"{schedule.name}, {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches"
+    title = shape_of(schedule)
     panels = [("measured", timeline), simulated]
     page = html(panels, title=title, unit="ms", notes=differences(timeline, simulated[1]))
     save(folder / "timeline.html", page)

@@ -13,6 +13,7 @@ nothing, multi-token prediction is left out) plus three times the attention core
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 SCORING_FUNCS = ("sigmoid", "softmax")
@@ -115,6 +116,9 @@ class ModelConfig:
         for key in positive.split():
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+        for key in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
+            if not 0 < getattr(self, key) < inf:
+                raise ValueError(f"model.{key} is {getattr(self, key)}; it must be above 0")
         if self.n_shared_experts < 0:
             raise ValueError(f"model.n_shared_experts is {self.n_shared_experts}; it must be at least 0")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:

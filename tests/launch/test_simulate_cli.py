@@ -143,7 +143,7 @@ def test_too_few_microbatches_are_said(run) -> None:
 
 def test_a_csv_of_a_spreadsheet(run, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_bytes(b"\xef\xbb\xbf0F0,0B0,\r\n\r\n1F0,1B0,\r\n\r\n")
-    assert "mine.csv, 2 ranks, 1 microbatches" in run("parallel.schedule_csv=mine.csv")[0]
+    assert "mine.csv, 2 ranks, 1 microbatch:" in run("parallel.schedule_csv=mine.csv")[0]
 
 
 def test_the_help_names_every_option(run) -> None:
@@ -231,6 +231,12 @@ def test_one_impossible_combination_does_not_end_a_sweep(run, tmp_path: Path) ->
         ("parallel.schedule_csv=binary.csv", "binary.csv: not a text file"),
         ("auto.shape=w", "auto.shape=w: expected one of loop, v, bidirectional, any"),
         ("unit=weeks", "unit=weeks: expected one of"),
+        ("seed=-1", "seed=-1: must be at least 0"),
+        ("num_runs=100000000000", "num_runs=100000000000: must be between 1 and 100,000"),
+        ("sequence_length=0", "sequence_length=0: must be at least 1"),
+        ("layout.ep=4", "model= and layout= are for the planner's costs: name cluster="),
+        ("layout.stages=4", "layout.stages: no such option"),
+        ("layout.precision=fp4", "layout.precision=fp4: expected one of bf16, fp8"),
         ("measure=.", ". holds no measured step (trace/measured.json): a run with parallel.pp above 1"),
     ],
 )
@@ -291,6 +297,25 @@ def test_the_process_says_one_line_and_imports_no_torch(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"DIR"}
 
 
+def test_pairs_of_a_cluster_are_not_executed(run) -> None:
+    """Their costs are means over all pairs, and stages that only take time cannot be laid over each other."""
+    words = ("cluster=h100", "model=16b", "parallel.schedule=zbv", "parallel.pp=2", "num_microbatches=4", "layout.ep=8")
+    assert "use layout.overlap=false" in run("execute=true", *words)[1]
+    assert "is a schedule of 2 ranks, but 1 were started" in run("execute=true", *words, "layout.overlap=false")[1]
+    assert "leave out -m" in run("-m", "execute=true", "parallel.pp=2,4")[0]
+
+
+def test_both_bubbles_of_the_documented_example_are_shown(run, tmp_path: Path) -> None:
+    """The README's command, and the figure that docs/schedules.md derives for it."""
+    words = ("parallel.schedule=dualpipe", "parallel.pp=8", "num_microbatches=20")
+    printed, _ = run(*words)
+    assert "dualpipe, 8 ranks, 20 microbatches: step time 63, bubble 4.8 %" in printed
+    assert "(costs.send_when=slot_end): step time 66, bubble 9.1 %" in printed
+    assert run(*words, "costs.send_when=slot_end", "out=DIR")[1] == ""
+    assert report(tmp_path / "DIR")["bubble_time"] == [6.0] * 8
+    assert "1f1b, 1 rank, 1 microbatch:" in run("parallel.schedule=1f1b", "parallel.pp=1", "num_microbatches=1")[0]
+
+
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [("1f1b", ""), ("zbv", ", overlap: false"), ("dualpipe", ""), ("dualpipe", ", overlap: false"), ("dualpipev", "")],
@@ -311,7 +336,7 @@ def test_a_cluster_and_a_model_give_the_planners_costs(run, tmp_path: Path, sche
 
 def test_a_word_that_no_layout_has_is_refused(run) -> None:
     common = ("cluster=laptop", "model=debug", "parallel.pp=2")
-    assert "layout: word=epp: expected one of world" in run(*common, "layout={epp: 2}")[1]
+    assert "layout.epp: no such option; did you mean layout.ep?" in run(*common, "layout={epp: 2}")[1]
     assert "ep=3" in run(*common, "layout={ep: 3}")[1]
     once = ("parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=1", "num_microbatches=4")
     assert "but the planner knows it with 4" in run(*common, *once)[1]

@@ -99,6 +99,22 @@ def test_code_that_changed_leaves_that_of_a_running_job_alone(run, tmp_path: Pat
     assert f"cd {second}\n" in (tmp_path / "r/job.sbatch").read_text()
 
 
+def test_large_files_that_git_does_not_track_stay_and_are_named(run, tmp_path: Path, monkeypatch) -> None:
+    root = tmp_path / "root"
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    (root / "new.py").write_text("x" * 1000)
+    for name in ("tracked.bin", "data.bin"):
+        (root / name).write_bytes(bytes(2_000_000))
+    subprocess.run(["git", "-C", str(root), "add", "tracked.bin"], check=True)
+    monkeypatch.setattr(slurm, "ROOT", root)
+    printed, refused = run(f"line={LINE}", "nodes=1", "run.dir=r")
+    assert refused == ""
+    (code,) = (tmp_path / "r/code").iterdir()
+    assert {path.name for path in code.iterdir()} == {"new.py", "tracked.bin"}
+    assert "r/job.sbatch: 1 node of 8 ranks\n2 files of code, 2.0 MB, in" in printed
+    assert "; left out, as git does not track them: data.bin (2.0 MB)\n" in printed
+
+
 def test_a_run_folder_is_no_part_of_the_code_it_takes_along(run, tmp_path: Path, monkeypatch) -> None:
     """Else each submission would copy the copy before, and the checkpoints."""
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
@@ -122,6 +138,7 @@ def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
     assert run("plan=plan.json", "row=2", "run.dir=r")[1] == ""
     assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
     assert "parallel.pp=2" in (tmp_path / "r/config.line").read_text()
+    assert run("plan=.", "row=2", "run.dir=r")[1] == ""  # the folder that plan.py wrote
     (tmp_path / "other.json").write_text('{"rows": [{"ranks": 8}]}')
     assert "other.json is not a plan.json of launch/plan.py" in run("plan=other.json", "run.dir=r")[1]
     assert "row=3: plan.json has 2 rows" in run("plan=plan.json", "row=3", "run.dir=r")[1]
@@ -170,6 +187,8 @@ def test_a_line_that_trains_is_not_refused(run) -> None:
         (["plan=none.json", "nodes=1"], "none.json: No such file"),
         ([f"plan={slurm.ROOT / 'README.md'}"], "README.md is not a plan.json of launch/plan.py"),
         ([f"line={LINE}", "nodes=1", "run.dir="], "run.dir= is empty: name a folder"),
+        ([f"line={LINE}", "nodes=0"], "nodes=0: must be between 1 and 100,000"),
+        (['line=model=debug "', "nodes=1"], "not the words of a shell (No closing quotation)"),
         (["nodes"], "nodes: not of the form option=value"),
         ([f"line={LINE} parallel.pp=3", "nodes=1"], "pp=3 does not divide world=8"),
         (["line=model=debug parallel.ep=3 parallel.dispatcher=two_hop", "nodes=1"], "ep=3 does not divide dp=8"),
