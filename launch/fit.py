@@ -217,7 +217,7 @@ def _places(trainer: Trainer, checkpoints: Path, waits: Waits) -> dict[str, Any]
     }
     newest = checkpoints / f"step_{trainer.step}"
     timeline = checkpoints.parent / "trace" / "timeline.html"
-    if timeline.exists():
+    if trainer.config.parallel.pp > 1 and timeline.exists():  # else it is of an earlier layout of this run
         places["timeline"] = timeline
     if newest.exists():
         places["checkpoint"] = newest
