@@ -50,9 +50,9 @@ def _as_table(rows: Sequence[Row]) -> Table:
     """For the terminal. Numbers with six digits, shares (keys with "fraction") in per cent; only text is wrapped."""
     table, columns = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False), []
     for key in rows[0]:
-        numeric = any(isinstance(row[key], int | float) for row in rows)
+        numeric = _is_numeric(rows, key)
         header = re.sub("[_.]", lambda sign: sign[0].strip("_") + "\n", key)
-        cells = _aligned([_text(key, row[key]) for row in rows]) if numeric else [_text(key, row[key]) for row in rows]
+        cells = _texts(rows, key)
         columns.append(cells)
         widest = max(map(len, [*header.split("\n"), *cells]))
         table.add_column(
@@ -62,6 +62,16 @@ def _as_table(rows: Sequence[Row]) -> Table:
     for row in zip(*columns, strict=True):
         table.add_row(*row)
     return table
+
+
+def _is_numeric(rows: Sequence[Row], key: str) -> bool:
+    return any(isinstance(row[key], int | float) for row in rows)
+
+
+def _texts(rows: Sequence[Row], key: str) -> list[str]:
+    """The cells of a column."""
+    texts = [_text(key, row[key]) for row in rows]
+    return _aligned(texts) if _is_numeric(rows, key) else texts
 
 
 def _aligned(numbers: list[str]) -> list[str]:
@@ -98,10 +108,14 @@ def as_html(rows: Sequence[Row], title: str, scatter: tuple[str, str] | None = N
 
     scatter: the columns to lay out as x and y, a point a row; pointing at one shows its row.
     """
-    cells = [[[value, _text(key, value)] for key, value in row.items()] for row in rows]
-    columns = [[key.replace("_", " "), any(isinstance(row[key], float) for row in rows)] for key in rows[0]]
+    texts = {key: _texts(rows, key) for key in rows[0]}
+    cells = [[[value, texts[key][number]] for key, value in row.items()] for number, row in enumerate(rows)]
+    columns = [
+        [key.replace("_", " "), any(isinstance(row[key], float) for row in rows), _is_numeric(rows, key)]
+        for key in rows[0]
+    ]
     axes = [list(rows[0]).index(key) for key in scatter] if scatter else None
-    # a column: its name, whether it has bars
+    # a column: its name, whether it has bars, whether it is of numbers
     data = {"title": title, "columns": columns, "rows": cells, "axes": axes}
     return _PAGE.replace("@DATA@", json.dumps(data).replace("<", "\\u003c"))
 
@@ -191,8 +205,8 @@ function fill() {
     row.forEach(([value, text], k) => {
       const cell = line.insertCell();
       cell.textContent = text;
+      if (data.columns[k][2]) cell.className = "number";
       if (!Number.isFinite(value)) return;
-      cell.className = "number";
       const share = 100 * value / (largest[k] || 1);
       if (data.columns[k][1])
         cell.style.background = `linear-gradient(to right, #cfdef2 ${share}%, transparent ${share}%)`;
