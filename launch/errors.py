@@ -8,6 +8,15 @@
 It stands twice because Hydra prints a line of its own for whatever escapes the inner function. An error that neither
 Hydra nor this repository raised on purpose is a bug and keeps its trace; HYDRA_FULL_ERROR=1 shows every trace. Warnings
 are one line as well, without the place in the code.
+
+Of several ranks, who speaks, and when:
+
+    wrong input                     rank 0: `error: ...`; it is wrong on every rank, and the others wait to be ended
+    a step of the pipeline fails    that rank, at once: the trace, `error: ...`, and the grid with the slot marked
+    another rank is lost            every rank, at once: `rank 5 ends: ... lost rank 6 ...`; a rank that waited would
+                                    keep its connections open, and the next one would not notice
+
+So `error:` marks causes, not consequences. torchrun's own report, which comes last, names the cause first as well.
 """
 
 from __future__ import annotations
@@ -20,17 +29,25 @@ import re
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import ContextDecorator, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from parallel.pipeline.validate import PipelineError
+
 SECONDS_FOR_RANK_0 = 5
 
-# What gloo and NCCL say when the rank at the other end is gone.
-_LOST = re.compile(r"Connection (reset|closed|refused)[^.\n]*|Broken pipe|Socket closed|[Tt]imed out waiting[^.\n]*")
+# What gloo and NCCL say when the rank at the other end is gone, and the place in their code that gloo puts before it.
+_LOST = re.compile(
+    r"(?:\[[^]\s]*:\d+\] )?"
+    r"(Connection (?:reset|closed|refused)(?: by (?:remote )?peer)?|Broken pipe|Socket closed"
+    r"|[Tt]imed out waiting[^.\n]*|remote process exit\w*)"
+)
 _ROOT = Path(__file__).resolve().parents[1]
 TRACES = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the wish of whoever started this process
 _OURS = {"conf", "infra", "launch", "model", "parallel"}
@@ -57,12 +74,39 @@ class one_line_errors(ContextDecorator):
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = self._before
-        if isinstance(error, Exception) and not TRACES and (line := explain(error)) is not None:
-            _tell_torchrun(line)
+        if not isinstance(error, Exception) or TRACES:
+            return
+        line = explain(error)
+        _tell_torchrun(error, line)
+        if line is None:
+            return
+        if not _is_lost(error) and not isinstance(error, PipelineError):
             _give_way()
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            on_the_way = isinstance(error, RuntimeError) or type(error) is OSError  # as is what says no space is left
-            sys.exit(1 if on_the_way else 2)
+        sys.stderr.write(_to_print(error, line))
+        sys.stderr.flush()
+        on_the_way = isinstance(error, RuntimeError | ConnectionError) or type(error) is OSError  # as no space left
+        _leave(1 if on_the_way else 2)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one of several ranks at once: the interpreter takes seconds to clear up, with its connections open, and the
+    next rank of a pipeline would notice only then. All that is to be closed well has been, on the error's way here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _to_print(error: Exception, line: str) -> str:
+    """One text, as several ranks write to one place."""
+    if _is_lost(error):
+        return f"rank {_rank()} ends: {line}\n"
+    if not isinstance(error, PipelineError):
+        return f"error: {line}\n"
+    cause = error.__cause__
+    is_bug = isinstance(cause, Exception) and explain(cause) is None
+    return f"{''.join(traceback.format_exception(cause)) if is_bug else ''}error: {error}\n"
 
 
 def _warning_line(
@@ -72,33 +116,51 @@ def _warning_line(
     return f"warning: {_one_line(str(message))}\n"
 
 
-def _tell_torchrun(line: str) -> None:
-    """Lets torchrun's own report, which is long and comes last, end in the reason."""
+def _tell_torchrun(error: Exception, line: str | None) -> None:
+    """Lets torchrun's own report, which is long and comes last, end in the reason. It takes the earliest failure for
+    the cause, and counts whole seconds: a consequence is dated after its cause, which may have had no time to speak."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = line or _one_line(traceback.format_exception_only(error)[-1])
+        report = {"message": message, "timestamp": int(time.time()) + _is_lost(error)}
         with suppress(OSError):  # a full disk may be what there is to tell
-            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+            Path(file).write_text(json.dumps(report), encoding="utf-8")
+
+
+def _rank() -> str:
+    """This process's rank, whichever launcher started it."""
+    ranks = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0")
 
 
 def _give_way() -> None:
     """Lets rank 0 speak first: what is wrong with the input is wrong on every rank, and the launcher ends the
     others."""
-    ranks = (os.environ.get(name) for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
-    if next((rank for rank in ranks if rank is not None), "0") != "0":
+    if _rank() != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_0)
 
 
 def explain(error: Exception) -> str | None:
-    """One line for an error about the input; None for an error nobody raised on purpose."""
+    """One line for an error that was raised on purpose, or as another rank is lost; None for any other."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _one_line(_explain_option(error))
     if isinstance(error, OSError) and error.filename is not None:
         return _one_line(f"{error.filename}: {error.strerror}")
-    if isinstance(error, ValueError | ImportError | RuntimeError) and _raised_here(error):
-        return str(error).partition("\n")[0]  # what follows the first line is for those who ask, as a schedule's grid
-    if isinstance(error, RuntimeError) and (lost := _LOST.search(str(error))):
-        return f"another rank has ended ({lost[0]}): it says why, above or in its own log"
+    if isinstance(error, ValueError | ImportError | RuntimeError | ConnectionError) and _raised_here(error):
+        first = str(error).partition("\n")[0]  # what follows is for those who ask, as a schedule's grid
+        found = _LOST.search(first) if _is_lost(error) else None
+        return f"{first[: found.start()]}{found[1]}" if found else first
+    if _is_lost(error) and (found := _LOST.search(str(error))):
+        return f"another rank has ended ({found[1]}): it says why, above or in its own log"
     return None
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether `error` says no more than that another rank has ended."""
+    if isinstance(error, PipelineError):
+        return _is_lost(error.__cause__)
+    is_ours = isinstance(error, ConnectionError) and _raised_here(error)  # others' are of pipes and files
+    return (is_ours or isinstance(error, RuntimeError)) and bool(_LOST.search(str(error)))
 
 
 def _explain_option(error: Exception) -> str:

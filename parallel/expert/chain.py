@@ -68,7 +68,10 @@ Handle = Pending[Plan]
 
 
 def exchange(group: Group, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """All-to-all within a group: `sent[i]` rows go to rank i, `received[i]` come from it. Raises when a rank dies."""
+    """All-to-all within a group: `sent[i]` rows go to rank i, `received[i]` come from it.
+
+    Raises ConnectionError when a rank dies.
+    """
     out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
     try:
         if rows.is_cuda:
@@ -76,7 +79,7 @@ def exchange(group: Group, rows: Tensor, sent: list[int], received: list[int]) -
         else:
             _receive_then_send(group, out.split(received), rows.split(sent))
     except RuntimeError as error:
-        raise RuntimeError(f"the all-to-all of ranks {list(group.ranks)} broke off; has one died? {error}") from error
+        raise ConnectionError(f"lost one of ranks {list(group.ranks)} in their all-to-all: {error}") from error
     return out
 
 

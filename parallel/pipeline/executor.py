@@ -28,7 +28,7 @@ from parallel.pipeline.overlap import Side, run_pair
 from parallel.pipeline.p2p import P2P, Spec
 from parallel.pipeline.tasks import Task, tie
 from parallel.pipeline.timeline import Span
-from parallel.pipeline.validate import ScheduleError
+from parallel.pipeline.validate import PipelineError, ScheduleError
 
 _A_WAIT = 1e-4  # seconds from which a receive counts as waited for
 
@@ -183,7 +183,9 @@ class Executor:
             task.arrival.wait()
         except RuntimeError as error:
             rank = self.schedule.rank_of(task.source.stage, task.source.mb)
-            raise ConnectionError(f"{task.source} of rank {rank} did not come: {error}") from error
+            raise ConnectionError(
+                f"{task.action} lost rank {rank}, which was to send {task.source}: {error}"
+            ) from error
         task.arrival = None
         return x, task.source
 
@@ -218,14 +220,6 @@ class _Marks(NamedTuple):
     arrivals: Sequence[tuple[Action | None, Any]]
     left: Any
     end: Any
-
-
-class PipelineError(RuntimeError):
-    """An action failed, or a neighbour was lost: says in which slot and why, and shows the slot in the grid."""
-
-    def __init__(self, schedule: Schedule, rank: int, slot: int, cause: Exception):
-        reason = str(cause) or type(cause).__name__
-        super().__init__(str(ScheduleError(schedule.name, schedule.programs, rank, slot, reason)))
 
 
 def _phases(task: Task, x: Tensor | None, split: bool) -> Phases:

@@ -90,27 +90,37 @@ class P2P:
         return inputs
 
     def send(self, tensor: Tensor, dst: int) -> None:
-        """Starts sending `tensor` to pipeline rank `dst`."""
+        """Starts sending `tensor` to pipeline rank `dst`. Raises ConnectionError where that has ended."""
         tensor = tensor.contiguous()
         sending = self._sending[dst]
-        while sending and sending[0][0].is_completed():
-            sending.popleft()
-        if len(sending) >= WINDOW:
-            sending.popleft()[0].wait()
-        work = self._group(dst).send([tensor], dst, 0)
+        try:
+            while sending and sending[0][0].is_completed():
+                sending.popleft()
+            if len(sending) >= WINDOW:
+                sending.popleft()[0].wait()
+            work = self._group(dst).send([tensor], dst, 0)
+        except RuntimeError as error:
+            raise ConnectionError(f"lost rank {dst} while sending to it: {error}") from error
         sending.append((work, tensor))  # the tensor must outlive the send
 
     def receive(self, src: int, spec: Spec) -> tuple[Tensor, dist.Work]:
-        """Posts the receive of the next tensor from pipeline rank `src`; wait for the work before reading it."""
+        """Posts the receive of the next tensor from pipeline rank `src`; wait for the work before reading it. Raises
+        ConnectionError where that rank has ended."""
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-        work = self._group(src, receiving=True).recv([tensor], src, 0)
+        try:
+            work = self._group(src, receiving=True).recv([tensor], src, 0)
+        except RuntimeError as error:
+            raise ConnectionError(f"lost rank {src} while receiving from it: {error}") from error
         return tensor, work
 
     def drain(self) -> None:
-        """Waits until every tensor that was sent has left."""
-        for sending in self._sending.values():
-            while sending:
-                sending.popleft()[0].wait()
+        """Waits until every tensor that was sent has left. Raises ConnectionError where a receiver has ended."""
+        for dst, sending in self._sending.items():
+            try:
+                while sending:
+                    sending.popleft()[0].wait()
+            except RuntimeError as error:
+                raise ConnectionError(f"lost rank {dst} while sending to it: {error}") from error
 
     def _group(self, peer: int, receiving: bool = False) -> dist.ProcessGroup:
         group = self._up if (peer > self._rank) != receiving else self._down

@@ -1,4 +1,4 @@
-"""What can be wrong with a schedule, said at the place where it is wrong.
+"""What can be wrong with a schedule, or go wrong as it runs, said at the place where it is wrong.
 
 `validate` looks at schedules, which only compute: is every action there once, on its rank, after what it needs? and
 does no rank hold more activations than it may? `check_lowered` looks at programs with communication: would they run
@@ -26,6 +26,18 @@ class ScheduleError(ValueError):
         self.rank, self.slot, self.reason = rank, slot, reason
         self.grid = _grid(programs, rank, slot)
         super().__init__(f"{name}: rank {rank}, slot {slot}: {reason}\n{self.grid}")
+
+
+class PipelineError(RuntimeError):
+    """A rank could not finish its step: says in which slot and why, and shows the slot in the grid below.
+
+    Raised from what went wrong: a ConnectionError where another rank is lost.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int, slot: int, cause: Exception):
+        said = str(cause).partition("\n")[0]
+        reason = said if isinstance(cause, ConnectionError) else f"{type(cause).__name__}: {said}"
+        super().__init__(str(ScheduleError(schedule.name, schedule.programs, rank, slot, reason)))
 
 
 def _text(slot: Slot) -> str:

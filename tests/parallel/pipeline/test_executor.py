@@ -1,14 +1,6 @@
 """What runs is what was simulated: the order, what is live, the bytes - and a step that fails says where, and ends."""
 
-import multiprocessing as mp
-import os
-import re
-import signal
-import sys
-import tempfile
-import time
 import weakref
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +12,7 @@ from torch import nn
 from model.linear import Linear
 from parallel.pipeline.actions import Op, depends_on
 from parallel.pipeline.auto import auto
-from parallel.pipeline.executor import Executor, PipelineError
+from parallel.pipeline.executor import Executor
 from parallel.pipeline.p2p import P2P, Spec
 from parallel.pipeline.passes import in_turn, lower, pair_up
 from parallel.pipeline.phases import Compute
@@ -309,7 +301,7 @@ def fail_on_one_rank(rank, world):
 
 
 def test_a_failing_action_is_shown_in_the_grid():
-    with pytest.raises(AssertionError, match=r"1f1b: rank 1, slot \d+: out of luck") as error:
+    with pytest.raises(AssertionError, match=r"1f1b: rank 1, slot \d+: ArithmeticError: out of luck") as error:
         run_ranks(3, fail_on_one_rank)
     assert "[1B2]" in str(error.value)
 
@@ -335,42 +327,3 @@ def test_a_tensor_that_was_not_announced_is_not_sent(announced, made):
     told = rf"0F0 made {made}, but rank 1 was told to expect {announced} of \(4, 8\)"
     with pytest.raises(AssertionError, match=told):
         run_ranks(2, deceive, getattr(torch, announced))
-
-
-def _endless(rank, world, store, errors):
-    sys.stderr = (errors / str(rank)).open("w", buffering=1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
-    schedule = SCHEDULES["dualpipe"](world, 2 * world)
-    stages = {s: SyntheticStage(0.002, 0.002, 0.002, SPEC, CPU) for s in schedule.stages_of(rank)}
-    executor = executor_of(schedule, rank, stages, (dist.new_group(), dist.new_group()))
-    while True:
-        executor.step()
-        (errors / f"{rank}.began").touch()
-
-
-def test_a_killed_rank_ends_all_others():
-    world, context = 4, mp.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        errors = Path(folder)
-        args = (world, str(errors / "store"), errors)
-        ranks = [context.Process(target=_endless, args=(rank, *args)) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        try:
-            deadline = time.monotonic() + 60
-            while not all((errors / f"{rank}.began").exists() for rank in range(world)):
-                assert time.monotonic() < deadline, "the ranks did not start"
-                time.sleep(0.05)
-            os.kill(ranks[2].pid, signal.SIGKILL)
-            deadline = time.monotonic() + 15
-            for process in ranks:
-                process.join(max(0.0, deadline - time.monotonic()))
-            assert all(process.exitcode not in (None, 0) for process in ranks), "somebody lives on"
-            for rank in (0, 1, 3):  # the neighbours lose rank 2; the last may lose a neighbour that has already ended
-                said = (errors / str(rank)).read_text()
-                assert f"{PipelineError.__name__}: dualpipe: rank {rank}, slot" in said
-                assert re.search(r"did not come: .*onnection|onnection .*(closed|reset)|Broken pipe", said), said
-        finally:
-            for process in ranks:
-                if process.is_alive():
-                    process.kill()
