@@ -13,8 +13,8 @@ Of several ranks, who speaks, and when:
 
     wrong input                     rank 0: `error: ...`; it is wrong on every rank, and the others wait to be ended
     a step of the pipeline fails    that rank, at once: the trace, `error: ...`, and the grid with the slot marked
-    another rank is lost            every rank, at once: `rank 5 ends: ... lost rank 6 ...`; a rank that waited would
-                                    keep its connections open, and the next one would not notice
+    another rank is lost            every rank, at once: `world rank 5 ends: ... lost rank 6 ...`; one that waited would
+                                    keep its connections open, and the next would not notice
 
 So `error:` marks causes, not consequences. torchrun's own report, which comes last, names the cause first as well.
 """
@@ -77,11 +77,11 @@ class one_line_errors(ContextDecorator):
         if not isinstance(error, Exception) or TRACES:
             return
         line = explain(error)
+        if line is not None and not _is_lost(error) and not isinstance(error, PipelineError):
+            _give_way()
         _tell_torchrun(error, line)
         if line is None:
             return
-        if not _is_lost(error) and not isinstance(error, PipelineError):
-            _give_way()
         sys.stderr.write(_to_print(error, line))
         sys.stderr.flush()
         on_the_way = isinstance(error, RuntimeError | ConnectionError) or type(error) is OSError  # as no space left
@@ -99,14 +99,15 @@ def _leave(code: int) -> NoReturn:
 
 
 def _to_print(error: Exception, line: str) -> str:
-    """One text, as several ranks write to one place."""
+    """One text, as several ranks write to one place. A pipeline counts its own ranks: where there are several pipelines
+    only the rank in the world says which one it was."""
     if _is_lost(error):
-        return f"rank {_rank()} ends: {line}\n"
+        return f"world rank {_rank()} ends: {line}\n"
     if not isinstance(error, PipelineError):
         return f"error: {line}\n"
     cause = error.__cause__
     is_bug = isinstance(cause, Exception) and explain(cause) is None
-    return f"{''.join(traceback.format_exception(cause)) if is_bug else ''}error: {error}\n"
+    return f"{''.join(traceback.format_exception(cause)) if is_bug else ''}error: world rank {_rank()}: {error}\n"
 
 
 def _warning_line(

@@ -83,7 +83,7 @@ def test_a_lost_rank_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise RuntimeError(gloo)
     assert stop.value.code == 1  # nothing is wrong with the input
-    assert capsys.readouterr().err.startswith("rank 0 ends: another rank has ended (Connection closed by peer): ")
+    assert capsys.readouterr().err.startswith("world rank 0 ends: another rank has ended (Connection closed by peer): ")
     with pytest.raises(RuntimeError, match="shape"), one_line_errors():
         raise RuntimeError("shape mismatch")
 

@@ -90,20 +90,20 @@ def test_a_killed_rank_ends_all_others_at_once(tmp_path):
     print(f"all {world} ranks had ended {took:.2f} s after the kill")
     for rank in range(world - 1):
         said = (tmp_path / f"{rank}.err").read_text()
-        line = (
-            rf"rank {rank} ends: dualpipe: rank {rank}, slot \d+: .*lost rank \d[ ,][^\n]*: (Connection|Broken)[^\n]*\n"
-        )
+        place = rf"world rank {rank} ends: dualpipe: rank {rank}, slot \d+: "
+        line = place + r".*lost rank \d[ ,].*: (Connection .*|Broken pipe)\n"
         assert re.fullmatch(line, said), said
 
 
 def test_a_bug_in_a_stage_keeps_its_trace_and_its_grid(tmp_path):
     with running(4, "1f1b", tmp_path, fails_at=2) as ranks:
-        took = seconds_to_end(ranks)
+        seconds_to_end(ranks)
+        took = time.time() - (tmp_path / f"{FAILING}.err").stat().st_mtime
         assert [process.exitcode for process in ranks] == [1] * 4
-    assert took < SECONDS_FOR_RANK_0
+    assert took < SECONDS_FOR_RANK_0, f"{took:.1f} s"
     said = [(tmp_path / f"{rank}.err").read_text() for rank in range(4)]
     trace, _, shown = said[FAILING].partition("error: ")
-    assert re.match(r"1f1b: rank 3, slot 5: KeyError: 'a bug in the model'\nslots 0 to 9\n", shown), shown
+    assert re.match(r"world rank 3: 1f1b: rank 3, slot 5: KeyError: 'a bug in the model'\nslots 0 to 9\n", shown), shown
     assert "[3B2]" in shown
     assert re.search(r'raise KeyError\("a bug in the model"\)\nKeyError: ', trace), trace
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
@@ -112,4 +112,4 @@ def test_a_bug_in_a_stage_keeps_its_trace_and_its_grid(tmp_path):
         "torchrun takes the earliest for the cause"
     )
     for rank in range(3):
-        assert re.fullmatch(rf"rank {rank} ends: [^\n]* lost rank \d[^\n]*\n", said[rank]), said[rank]
+        assert re.fullmatch(rf"world rank {rank} ends: [^\n]* lost rank \d[^\n]*\n", said[rank]), said[rank]
