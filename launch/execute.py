@@ -8,8 +8,6 @@ real tensors of costs.p2p_bytes travel between the ranks.
 
 from __future__ import annotations
 
-import sys
-
 import torch.distributed as dist
 
 from infra import distributed
@@ -39,8 +37,7 @@ def execute(schedule: Schedule, costs: Costs, seconds_per_unit: float, work: str
             raise ValueError(f"costs.{name} cannot be executed: stages only take the time of their own F, I and W")
     world = distributed.start()
     if world.size != schedule.num_ranks:
-        if not world.is_main:
-            sys.exit(1)  # one rank says it
+        distributed.stop()
         raise ValueError(
             f"{schedule.name} is a schedule of {schedule.num_ranks} ranks, but {world.size} were started: "
             f"torchrun --nproc-per-node={schedule.num_ranks} launch/simulate.py ..., or parallel.pp={world.size}"

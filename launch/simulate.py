@@ -307,7 +307,7 @@ def run_for_real(config: SimulateConfig, costs: Costs, schedule: Schedule, conso
 def costs_in_ms(schedule: Schedule, costs: Costs, unit_ms: float) -> Costs:
     f, _, i, w = (stage_times(schedule, costs) * unit_ms).tolist()
     fb = None if costs.fb is None else costs.fb * unit_ms
-    return replace(costs, f=f, i=i, w=w, fb=fb, p2p=costs.p2p_time * unit_ms, p2p_bytes=0.0, optimizer=0.0)
+    return replace(costs, f=f, i=i, w=w, fb=fb, p2p=costs.p2p_time * unit_ms, p2p_bandwidth=math.inf, optimizer=0.0)
 
 
 def run_once(config: SimulateConfig, overrides: list[str], console: Console) -> None:

@@ -1,6 +1,8 @@
 """What every test shares: `--slow`, and GPU tests that are skipped aloud."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,3 +26,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Ranks are forked from this process: one that a test leaves in a process group makes the tests after it fail."""
+    yield
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        assert not dist.is_initialized(), "this test left its process in a process group"
