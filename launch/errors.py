@@ -13,8 +13,8 @@ Of several ranks, who speaks, and when:
 
     wrong input                     rank 0: `error: ...`; it is wrong on every rank, and the others wait to be ended
     a step of the pipeline fails    that rank, at once: the trace, `error: ...`, and the grid with the slot marked
-    another rank is lost            every rank, at once: `world rank 5 ends: ... lost rank 6 ...`; one that waited would
-                                    keep its connections open, and the next would not notice
+    another rank is lost            every rank, at once: `world rank 5 ends: ... lost rank 6 ...`, and its row of the
+                                    grid; one that waited would keep its connections open, and the next not notice
 
 So `error:` marks causes, not consequences. torchrun's own report, which comes last, names the cause first as well.
 """
@@ -102,7 +102,8 @@ def _to_print(error: Exception, line: str) -> str:
     """One text, as several ranks write to one place. A pipeline counts its own ranks: where there are several pipelines
     only the rank in the world says which one it was."""
     if _is_lost(error):
-        return f"world rank {_rank()} ends: {line}\n"
+        where = [row for row in str(error).splitlines()[1:] if "[" in row]  # of the grid, this rank's own
+        return "\n".join([f"world rank {_rank()} ends: {line}", *where, ""])
     if not isinstance(error, PipelineError):
         return f"error: {line}\n"
     cause = error.__cause__

@@ -92,6 +92,7 @@ def test_a_killed_rank_ends_all_others_at_once(tmp_path):
         said = (tmp_path / f"{rank}.err").read_text()
         place = rf"world rank {rank} ends: dualpipe: rank {rank}, slot \d+: "
         line = place + r".*lost rank \d[ ,].*: (Connection .*|Broken pipe)\n"
+        line += rf"rank {rank} .*\[\S+\].*\n"
         assert re.fullmatch(line, said), said
 
 
@@ -112,4 +113,6 @@ def test_a_bug_in_a_stage_keeps_its_trace_and_its_grid(tmp_path):
         "torchrun takes the earliest for the cause"
     )
     for rank in range(3):
-        assert re.fullmatch(rf"world rank {rank} ends: [^\n]* lost rank \d[^\n]*\n", said[rank]), said[rank]
+        assert re.fullmatch(
+            rf"world rank {rank} ends: [^\n]* lost rank \d[^\n]*\nrank {rank} [^\n]*\[\S+\][^\n]*\n", said[rank]
+        ), said[rank]
