@@ -44,7 +44,7 @@ SECONDS_FOR_RANK_0 = 5
 
 # What gloo and NCCL say when the rank at the other end is gone, and the place in their code that gloo puts before it.
 _LOST = re.compile(
-    r"(?:\[[^]\s]*:\d+\] )?"
+    r"(?:\[[^]\s]*:\d+\] )?(?:\w+ error \[[^]\s]*\]:\d+: )?"
     r"(Connection (?:reset|closed|refused)(?: by (?:remote )?peer)?|Broken pipe|Socket closed"
     r"|[Tt]imed out waiting[^.\n]*|remote process exit\w*)"
 )
@@ -107,7 +107,7 @@ def _to_print(error: Exception, line: str) -> str:
     if not isinstance(error, PipelineError):
         return f"error: {line}\n"
     cause = error.__cause__
-    is_bug = isinstance(cause, Exception) and explain(cause) is None
+    is_bug = isinstance(cause, ConnectionError) or (isinstance(cause, Exception) and explain(cause) is None)
     return f"{''.join(traceback.format_exception(cause)) if is_bug else ''}error: world rank {_rank()}: {error}\n"
 
 
@@ -153,7 +153,7 @@ def explain(error: Exception) -> str | None:
         found = _LOST.search(first) if _is_lost(error) else None
         return f"{first[: found.start()]}{found[1]}" if found else first
     if _is_lost(error) and (found := _LOST.search(str(error))):
-        return f"another rank has ended ({found[1]}): it says why, above or in its own log"
+        return f"another rank has ended ({found[1]}): if it could, it says why, above or in its own log"
     return None
 
 

@@ -25,7 +25,7 @@ from infra.tokenizer import check_fits, load_tokenizer
 from launch.errors import one_line_errors
 from model.generate import generate
 from model.transformer import Transformer
-from parallel.config import check_choice
+from parallel.config import check_at_least, check_choice
 from parallel.state import WEIGHTS, whole_model
 
 
@@ -48,10 +48,8 @@ class GenerateConfig:
         check_choice("weights", self.weights, WEIGHTS)
         if not self.prompt:
             raise ValueError("prompt is empty: give at least one character")
-        if self.num_tokens < 1 or self.temperature < 0:
-            raise ValueError(
-                f"num_tokens={self.num_tokens} must be at least 1, temperature={self.temperature} at least 0"
-            )
+        check_at_least("num_tokens", self.num_tokens)
+        check_at_least("temperature", self.temperature, 0)
 
 
 def find(folder: Path) -> Path:

@@ -1,10 +1,11 @@
 """Writes the sbatch file of a multi-node run, with the code and the config of this moment beside it; submits it.
 
     python launch/slurm.py line='model=671b parallel.pp=16 ...' nodes=256 run.dir=/shared/runs/v3
-    python launch/slurm.py plan=plans/h100 run.dir=/shared/runs/a submit=true
+    python launch/slurm.py plan=plans/h100 line='data.path=/shared/data' run.dir=/shared/runs/a submit=true
 
-line: the overrides of launch/pretrain.py, as launch/plan.py prints them; or plan: its plan.json, or the folder of
-that, of which `row` (1: the winner) is taken, with its number of ranks. In run.dir, which all nodes must see:
+line: overrides of launch/pretrain.py, as launch/plan.py prints them. plan: its plan.json, or the folder of that, of
+which `row` (1: the winner) is taken, with its number of ranks; a line then adds words, such as the data, or has the
+last word on those of the plan. In run.dir, which all nodes must see:
 
     job.sbatch      srun starts a process a rank; run it again with sbatch: the run goes on where it was
     code/HASH/      every file of this repository that git tracks, as it is now, committed or not, and new ones that
@@ -72,8 +73,8 @@ class SlurmConfig:
     submit: bool = False
 
     def __post_init__(self) -> None:
-        if (self.line is None) == (self.plan is None):
-            raise ValueError("name one of line='model=... parallel.pp=...' and plan=DIR")
+        if self.line is None and self.plan is None:
+            raise ValueError("name line='model=... parallel.pp=...', or plan=DIR, or both")
         for name in ("ranks_per_node", "cpus_per_rank", "row"):
             check_at_least(name, getattr(self, name))
         if self.nodes is not None and not 1 <= self.nodes <= MOST_NODES:
@@ -97,13 +98,14 @@ class SlurmConfig:
 
 def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     """(overrides of launch/pretrain.py, ranks where a plan says so)"""
-    if config.line is not None:
-        try:
-            words = shlex.split(config.line)
-        except ValueError as error:
-            raise ValueError(f"line={config.line}: not the words of a shell ({error})") from None
-        return words[words[:1] == ["launch/pretrain.py"] :], None  # as launch/plan.py prints the line
-    path = Path(str(config.plan))
+    try:
+        added = shlex.split(config.line or "")
+    except ValueError as error:
+        raise ValueError(f"line={config.line}: not the words of a shell ({error})") from None
+    added = added[added[:1] == ["launch/pretrain.py"] :]  # as launch/plan.py prints the line
+    if config.plan is None:
+        return added, None
+    path = Path(config.plan)
     path = path / "plan.json" if path.is_dir() else path
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -113,7 +115,7 @@ def chosen_line(config: SlurmConfig) -> tuple[list[str], int | None]:
     if not 1 <= config.row <= len(lines):
         raise ValueError(f"row={config.row}: {path} has {len(lines)} rows")
     line, ranks = lines[config.row - 1]
-    return shlex.split(line), ranks
+    return [*shlex.split(line), *added], ranks
 
 
 def checked_words(config: SlurmConfig, words: list[str], world: int) -> list[str]:

@@ -22,32 +22,30 @@ ROWS = 16  # both libraries' strides are multiples of 16 bytes
 
 
 def _require_hopper(backend: str, install: str) -> None:
-    """Raises RuntimeError with the reason unless an NVIDIA GPU of compute capability 9.x and CUDA 12.9 are there."""
+    """Raises ValueError with the reason unless an NVIDIA GPU of compute capability 9.x and CUDA 12.9 are there."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend={backend} needs an NVIDIA Hopper GPU, and torch {torch.__version__} sees no GPU; "
             "precision.backend=reference runs anywhere"
         )
     major, minor = torch.cuda.get_device_capability()
     if major != 9:
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend={backend} needs compute capability 9.x (Hopper), and {torch.cuda.get_device_name()} "
             f"has {major}.{minor}; precision.backend=reference runs anywhere"
         )
     if tuple(map(int, torch.version.cuda.split("."))) < (12, 9):
-        raise RuntimeError(
-            f"precision.backend={backend} needs CUDA 12.9, and torch has {torch.version.cuda}: {install}"
-        )
+        raise ValueError(f"precision.backend={backend} needs CUDA 12.9, and torch has {torch.version.cuda}: {install}")
 
 
 def _require_published_shapes(backend: str, recipe: Recipe) -> None:
     if (recipe.activation, recipe.gradient, recipe.weight) != (TILE_1X128, TILE_1X128, BLOCK_128X128):
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend={backend} has kernels for 1x128 tiles and 128x128 blocks only; this recipe has "
             f"{recipe.activation}, {recipe.gradient}, {recipe.weight}: precision.backend=reference has all"
         )
     if recipe.accumulator_bits is not None:
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend={backend} sums as the hardware does; accumulator_bits={recipe.accumulator_bits} "
             "is modelled by precision.backend=reference"
         )
@@ -143,7 +141,7 @@ class DeepGemm:
         try:
             import deep_gemm
         except ImportError as error:
-            raise RuntimeError(f"precision.backend=deep_gemm: {error}; to install: {install}") from None
+            raise ImportError(f"precision.backend=deep_gemm: {error}; to install: {install}") from None
         self.lib = deep_gemm
 
     def dense(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:

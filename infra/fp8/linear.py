@@ -195,7 +195,8 @@ def make_linear(backend: str, recipe: Recipe, name: str, casts: LastCast | None 
     """The FP8 product for the layer called `name`, or None where the recipe keeps that layer in high precision.
 
     casts: give layers that may get the same input one between them.
-    Raises RuntimeError with the reason, and the line that installs what is missing, if the back end cannot run here.
+    Raises ValueError with the reason if the back end cannot run here, ImportError with the line that installs what is
+    missing.
     """
     layer = layer_recipe(recipe, name)
     if layer is None:

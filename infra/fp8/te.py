@@ -28,13 +28,13 @@ ROWS_DENSE, ROWS_GROUPED = 128, 16  # Transformer Engine's multiples
 
 
 def _load(recipe: Recipe) -> tuple[Any, Any]:
-    """The module and its recipe object. Raises RuntimeError with the reason and the install line."""
+    """The module and its recipe object. Raises ValueError with the reason and the install line."""
     if recipe not in (Recipe(), Recipe(power_of_two=True)):
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend=te has V3's own recipe only, not {recipe}: precision.backend=reference has all"
         )
     if not torch.cuda.is_available():
-        raise RuntimeError(
+        raise ValueError(
             f"precision.backend=te needs an NVIDIA Hopper GPU, and torch {torch.__version__} sees no GPU; "
             "precision.backend=reference runs anywhere"
         )
@@ -42,14 +42,14 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
         import transformer_engine.pytorch as te
         from transformer_engine.common.recipe import Float8BlockScaling
     except ImportError as error:
-        raise RuntimeError(f"precision.backend=te: {error}; to install: {INSTALL}") from None
+        raise ImportError(f"precision.backend=te: {error}; to install: {INSTALL}") from None
     available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     if not available:
-        raise RuntimeError(f"precision.backend=te: {reason}; precision.backend=reference runs anywhere")
+        raise ValueError(f"precision.backend=te: {reason}; precision.backend=reference runs anywhere")
     if not recipe.power_of_two:  # read when Float8BlockScaling is imported first; refuse rather than differ silently
         wanted = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES")
         if wanted != "1":
-            raise RuntimeError(
+            raise ValueError(
                 "precision.backend=te uses powers of two for all scale factors unless the environment has "
                 "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1: set it, or take the recipe power_of_two"
             )
@@ -81,13 +81,13 @@ class TransformerEngineLinear:
 
     def _build(self, weight: Tensor) -> Any:
         if not hasattr(weight, "main_grad"):
-            raise RuntimeError(
+            raise ValueError(
                 "precision.backend=te adds weight gradients to weight.main_grad, and this weight has none: "
                 "allocate the optimizer's buckets before the first forward"
             )
         N, K = weight.shape[-2:]
         if N % 128 or K % 128:
-            raise RuntimeError(
+            raise ValueError(
                 f"precision.backend=te needs multiples of 128, and this layer maps {K} features to {N}: "
                 "choose sizes that are, or precision.backend=reference"
             )

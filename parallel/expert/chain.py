@@ -73,11 +73,12 @@ def exchange(group: Group, rows: Tensor, sent: list[int], received: list[int]) -
     Raises ConnectionError when a rank dies.
     """
     out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
+    out_by_rank, rows_by_rank = out.split(received), rows.split(sent)
     try:
         if rows.is_cuda:
             dist.all_to_all_single(out, rows, received, sent, group=group.pg)
         else:
-            _receive_then_send(group, out.split(received), rows.split(sent))
+            _receive_then_send(group, out_by_rank, rows_by_rank)
     except RuntimeError as error:
         raise ConnectionError(f"lost one of ranks {list(group.ranks)} in their all-to-all: {error}") from error
     return out

@@ -183,9 +183,7 @@ class Executor:
             task.arrival.wait()
         except RuntimeError as error:
             rank = self.schedule.rank_of(task.source.stage, task.source.mb)
-            raise ConnectionError(
-                f"{task.action} lost rank {rank}, which was to send {task.source}: {error}"
-            ) from error
+            raise self._p2p.lost(rank, f"which was to send {task.source} for {task.action}", error) from error
         task.arrival = None
         return x, task.source
 

@@ -100,7 +100,7 @@ class P2P:
                 sending.popleft()[0].wait()
             work = self._group(dst).send([tensor], dst, 0)
         except RuntimeError as error:
-            raise ConnectionError(f"lost rank {dst} while sending to it: {error}") from error
+            raise self.lost(dst, "while sending to it", error) from error
         sending.append((work, tensor))  # the tensor must outlive the send
 
     def receive(self, src: int, spec: Spec) -> tuple[Tensor, dist.Work]:
@@ -110,7 +110,7 @@ class P2P:
         try:
             work = self._group(src, receiving=True).recv([tensor], src, 0)
         except RuntimeError as error:
-            raise ConnectionError(f"lost rank {src} while receiving from it: {error}") from error
+            raise self.lost(src, "while receiving from it", error) from error
         return tensor, work
 
     def drain(self) -> None:
@@ -120,7 +120,13 @@ class P2P:
                 while sending:
                     sending.popleft()[0].wait()
             except RuntimeError as error:
-                raise ConnectionError(f"lost rank {dst} while sending to it: {error}") from error
+                raise self.lost(dst, "while sending to it", error) from error
+
+    def lost(self, rank: int, doing: str, error: RuntimeError) -> ConnectionError:
+        """What to raise when pipeline rank `rank` has ended; other pipelines have ranks of the same number."""
+        world_rank = self._ranks[rank]
+        name = f"rank {rank}" if world_rank == rank else f"rank {rank} (world rank {world_rank})"
+        return ConnectionError(f"lost {name} {doing}: {error}")
 
     def _group(self, peer: int, receiving: bool = False) -> dist.ProcessGroup:
         group = self._up if (peer > self._rank) != receiving else self._down

@@ -92,7 +92,7 @@ def _text(value: Any) -> str:
 
 
 @lru_cache(maxsize=1024)
-def schedule_of(name: str, pp: int, num_microbatches: int, paired: bool = False) -> Schedule:
+def schedule_of(name: str, pp: int, num_microbatches: int, paired: bool) -> Schedule:
     """By its name; paired: as it runs under overlap."""
     return ParallelConfig(pp, 2, 1, name, "two_hop", overlap=paired).make_schedule(num_microbatches)
 

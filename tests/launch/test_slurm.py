@@ -139,6 +139,8 @@ def test_a_plan_brings_its_line_and_its_ranks(run, tmp_path: Path) -> None:
     assert options_of((tmp_path / "r/job.sbatch").read_text())["nodes"] == "2"
     assert "parallel.pp=2" in (tmp_path / "r/config.line").read_text()
     assert run("plan=.", "row=2", "run.dir=r")[1] == ""  # the folder that plan.py wrote
+    assert run("plan=.", "row=2", "line='data.path=/shared/data'", "run.dir=r")[1] == ""
+    assert "data.path=/shared/data" in (tmp_path / "r/config.line").read_text().splitlines()
     (tmp_path / "other.json").write_text('{"rows": [{"ranks": 8}]}')
     assert "other.json is not a plan.json of launch/plan.py" in run("plan=other.json", "run.dir=r")[1]
     assert "row=3: plan.json has 2 rows" in run("plan=plan.json", "row=3", "run.dir=r")[1]
@@ -175,8 +177,7 @@ def test_a_line_that_trains_is_not_refused(run) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "name one of line="),
-        ([f"line={LINE}", "plan=plan.json"], "name one of line="),
+        ([], "name line="),
         ([f"line={LINE}"], "nodes= is missing"),
         (["line=model=debug parallel.schedule=2f2b", "nodes=1"], "parallel.schedule=2f2b: expected one of"),
         (["line=model=debug parallel.nonsense=1", "nodes=1"], "nonsense"),

@@ -173,5 +173,5 @@ def test_what_per_tensor_scales_cost() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without a GPU")
 @pytest.mark.parametrize("backend", ["scaled_mm", "deep_gemm"])
 def test_a_back_end_that_cannot_run_says_why(backend: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"precision\.backend={backend} needs an NVIDIA Hopper GPU.*sees no GPU"):
+    with pytest.raises(ValueError, match=rf"precision\.backend={backend} needs an NVIDIA Hopper GPU.*sees no GPU"):
         GEMMS[backend](Recipe())

@@ -69,7 +69,7 @@ def test_states_are_those_of_a_real_run(
 ) -> None:
     config = tiny(5, num_nextn_predict_layers=depths)
     mesh = MeshConfig(parallel.pp, parallel.ep, parallel.ranks_per_node, world)
-    schedule = schedule_of(parallel.schedule, parallel.pp, 2 * parallel.pp)
+    schedule = schedule_of(parallel.schedule, parallel.pp, 2 * parallel.pp, parallel.overlap)
     planned = rank_groups(config, mesh, schedule, split_layers(config, schedule.num_stages))
     measured = run_ranks(world, lambda rank, size: real_bytes(config, parallel, size, precision, moments))
     for rank, real in enumerate(measured):
@@ -79,7 +79,7 @@ def test_states_are_those_of_a_real_run(
 
 
 def test_the_comparison_can_fail() -> None:
-    config, schedule = tiny(5), schedule_of("dualpipe", 2, 4)
+    config, schedule = tiny(5), schedule_of("dualpipe", 2, 4, paired=True)
     layers_of = split_layers(config, 2)
     right = rank_groups(config, MeshConfig(2, 2, 8, 4), schedule, layers_of)
     wrong = rank_groups(config, MeshConfig(2, 1, 8, 4), schedule, layers_of)
@@ -97,7 +97,7 @@ def test_layers_add_up_to_the_model(config: ModelConfig) -> None:
 
 
 def test_zero_1_cuts_only_optimizer_states() -> None:
-    config, schedule = ModelConfig(), schedule_of("dualpipe", 16, 32)
+    config, schedule = ModelConfig(), schedule_of("dualpipe", 16, 32, paired=True)
     groups = rank_groups(config, MeshConfig(16, 64, 8, 2048), schedule, split_layers(config, 16))[7]
     whole, cut = (state_bytes(groups, "fp8", stage, "bf16", True) for stage in (0, 1))
     assert (whole.weights, whole.gradients) == (cut.weights, cut.gradients)

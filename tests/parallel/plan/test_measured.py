@@ -96,7 +96,7 @@ def test_stage_bytes_are_those_of_a_walk_over_the_layers() -> None:
 def test_memory_peaks_within_an_action() -> None:
     memory = MemoryModel(StepModel(MODEL, cluster(), 16))
     size = memory.stage_bytes(LAYOUT)
-    schedule = schedule_of("zb1p", 2, 8)
+    schedule = schedule_of("zb1p", 2, 8, paired=False)
     most = []
     for held, rise in zip(curves(schedule, size.forward_S, size.late_S), rises(schedule, size.rise_OS), strict=True):
         now, peak = 0.0, 0.0
@@ -110,7 +110,7 @@ def test_memory_peaks_within_an_action() -> None:
 
 def test_what_is_under_way_between_stages() -> None:
     """Two ranks, 1F1B, two microbatches: rank 0 runs F0 F1 B0 B1 and is sent two gradients, which it reads in turn."""
-    schedule = schedule_of("1f1b", 2, 2)
+    schedule = schedule_of("1f1b", 2, 2, paired=False)
     assert [str(a) for slot in schedule.programs[0] for a in slot] == ["0F0", "0F1", "0B0", "0B1"]
     sent = [1, 2, 2, 2]  # nothing that was sent is let go of
     posted = in_flight(schedule, 0, ahead=8, window=8) - sent
@@ -118,11 +118,12 @@ def test_what_is_under_way_between_stages() -> None:
     assert posted.max() == 2
     one_by_one = in_flight(schedule, 0, ahead=1, window=1)
     assert (one_by_one <= posted + sent).all()
-    assert in_flight(schedule_of("1f1b", 1, 4), 0, 8, 8).tolist() == [0] * 8
+    assert in_flight(schedule_of("1f1b", 1, 4, paired=False), 0, 8, 8).tolist() == [0] * 8
 
 
 def test_of_a_pair_half_of_each_side_is_held() -> None:
-    schedule = schedule_of("dualpipev", 2, 8)
+    schedule = schedule_of("dualpipev", 2, 8, paired=True)
+    assert any(len(slot) == 2 for program in schedule.programs for slot in program)
     forward_S = np.array([8.0, 6.0, 4.0, 2.0])
     for rank, half in enumerate(half_of_pairs(schedule, forward_S)):
         rows = iter(half.tolist())

@@ -7,7 +7,7 @@ import pytest
 
 from launch.validate import BATCH, V3, config_of
 from parallel.pipeline.actions import Op
-from parallel.plan.layout import RECOMPUTES, Layout, schedule_of
+from parallel.plan.layout import OVERLAPPING, RECOMPUTES, Layout, schedule_of
 from parallel.plan.memory import CONTEXT, FRAGMENTATION, STEADY, MemoryModel, curves, kept, smallest_change
 from parallel.plan.step import StepModel
 
@@ -22,7 +22,7 @@ def memory() -> MemoryModel:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_curves_are_those_of_a_walk_through_the_program(name: str) -> None:
-    schedule = schedule_of(name, 4, 10)
+    schedule = schedule_of(name, 4, 10, name in OVERLAPPING)
     rng = np.random.default_rng(1)
     forward, late = rng.random(schedule.num_stages), rng.random(schedule.num_stages)
     for rank, curve in enumerate(curves(schedule, forward, late)):
@@ -42,18 +42,19 @@ def test_curves_are_those_of_a_walk_through_the_program(name: str) -> None:
 
 def test_dualpipe_holds_the_published_pp_plus_1() -> None:
     ones = np.ones(16)
-    for curve in curves(schedule_of("dualpipe", 16, 120), ones, ones):
+    for curve in curves(schedule_of("dualpipe", 16, 120, paired=True), ones, ones):
         assert curve.max() == pytest.approx(17)
 
 
 @pytest.mark.parametrize(
-    ("name", "paired"), [*((n, False) for n in NAMES if n != "gpipe"), ("1f1b", True), ("zbv", True)]
+    ("name", "paired"),
+    [*((n, n in OVERLAPPING) for n in NAMES if n != "gpipe"), ("1f1b", True), ("zbv", True), ("dualpipe", False)],
 )
 @pytest.mark.parametrize("pp", [2, 4, 8])
 def test_the_peak_is_reached_early(name: str, paired: bool, pp: int) -> None:
     """So it may be asked of a shorter step."""
     rng = np.random.default_rng(2)
-    stages = schedule_of(name, pp, 2 * pp).num_stages
+    stages = schedule_of(name, pp, 2 * pp, paired).num_stages
     forward, late = 1 + rng.random(stages), 1 + rng.random(stages)
     short, long = (
         [c.max() for c in curves(schedule_of(name, pp, m, paired), forward, late)]

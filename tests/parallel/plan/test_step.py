@@ -83,7 +83,8 @@ def test_the_step_is_that_of_a_naive_replay(model: StepModel, name: str, overlap
 
 
 def test_slot_seconds_take_pairs_from_the_right_stages(model: StepModel) -> None:
-    schedule, times = schedule_of("dualpipe", 4, 12), model.stages(replace(V3, pp=4))
+    schedule, times = schedule_of("dualpipe", 4, 12, paired=True), model.stages(replace(V3, pp=4))
+    assert any(len(slot) == 2 for program in schedule.programs for slot in program)
     seconds = iter(slot_seconds(schedule, times))
     for slot in (slot for program in schedule.programs for slot in program):
         if len(slot) == 1:
