@@ -123,9 +123,9 @@ def _tell_torchrun(error: Exception, line: str | None) -> None:
     the cause, and counts whole seconds: a consequence is dated after its cause, which may have had no time to speak."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = line or _one_line(traceback.format_exception_only(error)[-1])
-        report = {"message": message, "timestamp": int(time.time()) + _is_lost(error)}
+        report = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) + _is_lost(error))}}
         with suppress(OSError):  # a full disk may be what there is to tell
-            Path(file).write_text(json.dumps(report), encoding="utf-8")
+            Path(file).write_text(json.dumps({"message": report}), encoding="utf-8")  # the form of torch's own
 
 
 def _rank() -> str:

@@ -107,9 +107,9 @@ def test_a_bug_in_a_stage_keeps_its_trace_and_its_grid(tmp_path):
     assert re.match(r"world rank 3: 1f1b: rank 3, slot 5: KeyError: 'a bug in the model'\nslots 0 to 9\n", shown), shown
     assert "[3B2]" in shown
     assert re.search(r'raise KeyError\("a bug in the model"\)\nKeyError: ', trace), trace
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(4)]
     assert told[FAILING]["message"] == "1f1b: rank 3, slot 5: KeyError: 'a bug in the model'"
-    assert min(told, key=lambda report: report["timestamp"]) is told[FAILING], (
+    assert min(told, key=lambda report: report["extraInfo"]["timestamp"]) is told[FAILING], (
         "torchrun takes the earliest for the cause"
     )
     for rank in range(3):
