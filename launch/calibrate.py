@@ -33,7 +33,7 @@ from infra.precision import PrecisionConfig
 from launch.errors import one_line_errors
 from launch.files import save
 from model.config import ModelConfig
-from parallel.config import RECOMPUTE, check_choice
+from parallel.config import RECOMPUTES, check_choice
 from parallel.mesh import Mesh, MeshConfig
 from parallel.plan.layout import Layout
 from parallel.plan.step import shapes_asked
@@ -63,7 +63,7 @@ class CalibrateConfig:
     parallel: NodeConfig = field(default_factory=NodeConfig)
     microbatch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4])
     layers: bool = False
-    recompute: list[str] = field(default_factory=lambda: list(RECOMPUTE))
+    recompute: list[str] = field(default_factory=lambda: list(RECOMPUTES))
     dispatchers: list[str] = field(default_factory=lambda: ["all_to_all", "two_hop"])
     seconds: float = 0.05
     out: str = "cluster/mine.yaml"
@@ -71,7 +71,7 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         check_choice("precision", self.precision.name, ("bf16", "fp32"))
         for name in self.recompute:
-            check_choice("recompute", name, RECOMPUTE)
+            check_choice("recompute", name, RECOMPUTES)
         for name in self.dispatchers:
             check_choice("dispatchers", name, ("all_to_all", "two_hop"))
         if not self.microbatch_sizes or min(self.microbatch_sizes) < 1:

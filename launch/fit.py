@@ -30,9 +30,9 @@ from infra.prepare import prepare_default
 from infra.run_lock import locked
 from infra.token_file import read_tokenizer
 from infra.wording import counted
+from launch.checked_mesh import checked_mesh
 from launch.files import save
 from launch.hang import watchdog
-from launch.layout import checked_mesh
 from launch.rollback import left_out, roll_back
 from launch.trainer import Trainer
 from launch.waits import Waits

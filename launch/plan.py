@@ -19,7 +19,7 @@ unless you fit it to a run of your own.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,7 @@ from launch.expert_load import read_expert_load
 from launch.files import check_folder
 from launch.plan_report import SPARE, as_row, line_of, report
 from launch.sweep import is_asked, is_sweep, leave_row, row_or_note, sweep, swept_words
-from launch.told import BesideConfig, ToldConfig
+from launch.told import BesideConfig, ToldConfig, told
 from model.config import ModelConfig
 from parallel.config import check_at_least, check_choice
 from parallel.plan.goodput import Goodput, goodput, work_hours
@@ -135,7 +135,7 @@ class PlanConfig:
 
     @property
     def told(self) -> dict[str, Any]:
-        return asdict(self.parallel) | {"precision": self.precision.name, "microbatch_size": self.train.microbatch_size}
+        return told(self.parallel) | {"precision": self.precision.name, "microbatch_size": self.train.microbatch_size}
 
 
 def planner_of(config: PlanConfig) -> Planner:
@@ -204,7 +204,8 @@ def main(composed: DictConfig) -> None:
         return leave_row(row_or_note(partial(row_of_sweep, model=model), composed, swept_words()))
     config = cast(PlanConfig, OmegaConf.to_object(composed))
     planner, plan = search(config)
-    report(config, model, planner, plan, bill_of(config, planner, plan.rows[0]), Console())
+    overrides = list(HydraConfig.get().overrides.task)
+    report(config, model, planner, plan, bill_of(config, planner, plan.rows[0]), overrides, Console())
 
 
 if __name__ == "__main__":

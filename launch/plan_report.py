@@ -21,6 +21,7 @@ from infra.wording import counted
 from launch.files import save
 from launch.summary import as_csv, as_html, show_table
 from launch.told import told
+from parallel.expert import default_dispatcher
 from parallel.plan.goodput import Goodput
 from parallel.plan.interval import Interval, interval
 from parallel.plan.layout import OVERLAPPING, Layout, illegal
@@ -77,8 +78,11 @@ def line_of(config: PlanConfig, model: str, layout: Layout) -> str:
 
 def beside_of(config: PlanConfig, words: dict[str, Any], planner: Planner, winner: Row) -> tuple[Row | None, str]:
     """The layout of these words, or None and why it is not legal here."""
-    others: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": "two_hop"}
+    dispatcher = default_dispatcher(words.get("ep", winner.layout.ep))
+    others: dict[str, Any] = {"overlap": True, "zero_stage": 1, "dispatcher": dispatcher}
     layout = replace(winner.layout, **(others | words))
+    if "overlap" not in words:
+        layout = replace(layout, overlap=layout.pairs)  # as the search has it where nothing pairs
     why = illegal(config.model, layout, config.train.global_batch_size)
     return (None, f"not legal here, {why}") if why else (planner.row(layout), "")
 
@@ -190,7 +194,10 @@ def doubts(config: PlanConfig, planner: Planner, layout: Layout) -> list[str]:
     return found
 
 
-def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: Goodput, console: Console) -> None:
+def report(
+    config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: Goodput, overrides: list[str], console: Console
+) -> None:
+    """Why `beside` is not legal is said only where the command line (`overrides`) names one: else it is a default."""
     winner = plan.rows[0]
     words = told(config.beside) if config.beside else {}
     beside, where = beside_of(config, words, planner, winner) if words else (None, "")
@@ -206,7 +213,8 @@ def report(config: PlanConfig, model: str, planner: Planner, plan: Plan, bill: G
     if beside is not None:
         place = next((n for n, row in enumerate(plan.rows, start=1) if row.layout == beside.layout), None)
         where = f"row {place} of {plan.num_fitting}" if place else "not among those replayed"
-    if words:
+    asked = any(word.lstrip("+").startswith("beside") for word in overrides)
+    if beside is not None or (words and asked):
         named = " ".join(f"{name}={value}" for name, value in words.items())
         console.print(f"beside ({named}): {where}", soft_wrap=True, highlight=False)
     if beside is not None:

@@ -36,9 +36,9 @@ from rich.filesize import decimal
 
 from conf.schema import Config, register
 from infra.wording import counted
+from launch.checked_mesh import checked_mesh
 from launch.errors import one_line_errors
 from launch.files import save
-from launch.layout import checked_mesh
 from parallel.config import check_at_least
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -28,18 +29,21 @@ def shape_of(schedule: Schedule) -> str:
 
 def show_table(console: Console, rows: Sequence[Row], spare: Sequence[str] = ()) -> None:
     """Prints the table without the columns that know nothing, and, where it is wider than the console, without those
-    of `spare`, the first first; says which."""
+    of `spare`, the first first; says which. A pipe and a file are as wide as the table."""
     keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
     unbounded = console.options.update(max_width=10_000)
+    bounded = console.is_terminal or "COLUMNS" in os.environ
     without = list[str]()
     for name in (*(one for one in spare if one in keys), None):
         table = _as_table([{key: row[key] for key in keys if key not in without} for row in rows])
-        width = console.measure(table, options=unbounded).minimum
-        if width <= console.width or name is None:
+        least, most = console.measure(table, options=unbounded)
+        if not bounded or least <= console.width or name is None:
             break
         without.append(name)
-    if width > console.width:
-        table.width = width  # what is cut off is lost
+    if not bounded:
+        table.width = most
+    elif least > console.width:
+        table.width = least  # what is cut off is lost
     console.print(table, crop=False)
     if without:
         names = ", ".join(name.replace("_", " ") for name in without)

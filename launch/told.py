@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.config import check_at_least, check_choice
-from parallel.pipeline.schedules import SCHEDULES
-from parallel.plan.layout import PRECISIONS, RECOMPUTES
-
-_CHOICES: dict[str, Sequence[Any]] = {
-    "schedule": tuple(SCHEDULES),
-    "dispatcher": ("local", "all_to_all", "two_hop"),
-    "recompute": RECOMPUTES,
-    "zero_stage": (0, 1),
-    "precision": PRECISIONS,
-}
+from parallel.plan.layout import CHOICES
 
 
 @dataclass
@@ -30,9 +20,9 @@ class _Words:
     def check(self, option: str) -> None:
         """Raises ValueError naming the word of `option` that no layout has."""
         for name, value in told(self).items():
-            if name in _CHOICES:
-                check_choice(f"{option}.{name}", value, _CHOICES[name])
-            elif not isinstance(value, bool):
+            if name in CHOICES:
+                check_choice(f"{option}.{name}", value, CHOICES[name])
+            else:
                 check_at_least(f"{option}.{name}", value)
 
 
@@ -72,5 +62,6 @@ class LayoutConfig(_Words):
 
 
 def told(words: _Words) -> dict[str, Any]:
-    """Those that are not null."""
-    return {name: value for name, value in asdict(words).items() if value is not None}
+    """Those that are not null; nor is `dispatcher=auto`, a run's default, told."""
+    said = {name: value for name, value in asdict(words).items() if value is not None}
+    return said if words.dispatcher != "auto" else {name: said[name] for name in said if name != "dispatcher"}

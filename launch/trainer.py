@@ -26,7 +26,7 @@ from infra.optim import Reduction, clip_gradients, discard_gradients, global_gra
 from infra.saver import Saver
 from infra.spike import LossHistory, pass_over
 from infra.watchdog import Watchdog
-from launch.layout import checked_mesh
+from launch.checked_mesh import checked_mesh
 from model.moe import updated_bias
 from parallel import state
 from parallel.expert.traffic import load_figures

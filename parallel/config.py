@@ -14,7 +14,7 @@ from parallel.pipeline.passes import PAIRABLE, in_turn, pair_up
 from parallel.pipeline.schedules import SCHEDULES
 
 SCHEDULE_NAMES = (*SCHEDULES, "auto")
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTES = ("none", "selective", "full")
 ZERO_BACKENDS = ("torch", "deepspeed")
 
 
@@ -78,7 +78,7 @@ class ParallelConfig:
         check_choice("parallel.schedule", self.schedule, SCHEDULE_NAMES)
         check_choice("parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_choice("parallel.dispatch_dtype", self.dispatch_dtype, DISPATCH_DTYPES)
-        check_choice("parallel.recompute", self.recompute, RECOMPUTE)
+        check_choice("parallel.recompute", self.recompute, RECOMPUTES)
         check_choice("parallel.zero_stage", self.zero_stage, (0, 1))
         check_choice("parallel.zero_backend", self.zero_backend, ZERO_BACKENDS)
         if self.zero_backend != "torch" and not self.zero_stage:

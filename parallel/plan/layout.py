@@ -6,7 +6,7 @@ for their ranks and microbatches. Nothing here repeats their rules. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import product
@@ -14,15 +14,22 @@ from typing import Any
 
 from infra.hardware import ClusterConfig
 from model.config import ModelConfig
-from parallel.config import ParallelConfig, check_divides
+from parallel.config import RECOMPUTES, ParallelConfig, check_divides
 from parallel.expert import default_dispatcher
 from parallel.mesh import MeshConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.passes import PAIRABLE
 from parallel.pipeline.schedules import SCHEDULES
 
-RECOMPUTES = ("none", "selective", "full")
 PRECISIONS = ("bf16", "fp8")
+CHOICES: dict[str, tuple[Any, ...]] = {  # of the words that are one of a few
+    "schedule": tuple(SCHEDULES),
+    "dispatcher": ("local", "all_to_all", "two_hop"),
+    "overlap": (True, False),
+    "recompute": RECOMPUTES,
+    "zero_stage": (0, 1),
+    "precision": PRECISIONS,
+}
 TWO_STAGES_A_RANK = ("interleaved_1f1b", "zbv", "dualpipev")
 WORDS = ("pp", "ep", "ranks_per_node", "schedule", "dispatcher", "overlap", "recompute", "zero_stage")  # of `parallel`
 OVERLAPPING = ("dualpipe", "dualpipev")  # the schedules that have slots of two by themselves
@@ -128,15 +135,11 @@ def layouts(
     """
     base = Layout(world, min(cluster.ranks_per_node, world))
     per_rank = global_batch_size // world * 64 or 64
-    choices: dict[str, list[Any]] = {
+    choices: dict[str, Sequence[Any]] = {
         "pp": [pp for pp in range(1, model.num_hidden_layers + 1) if world % pp == 0],
         "ep": [ep for ep in range(1, model.n_routed_experts + 1) if model.n_routed_experts % ep == 0],
-        "schedule": list(SCHEDULES),
-        "dispatcher": ["local", "all_to_all", "two_hop"],
-        "overlap": [True, False],
-        "recompute": list(RECOMPUTES),
-        "zero_stage": [0, 1],
-        "precision": list(PRECISIONS if cluster.fp8_tflops else PRECISIONS[:1]),
+        **CHOICES,
+        "precision": PRECISIONS if cluster.fp8_tflops else PRECISIONS[:1],
         "microbatch_size": [b for b in (1, 2, 3, 4, 6, 8) if b <= per_rank],
     }
     choices |= {name: [value] for name, value in fixed.items() if value is not None}

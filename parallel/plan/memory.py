@@ -22,11 +22,12 @@ from typing import NamedTuple
 import numpy as np
 
 from model.config import ModelConfig
+from parallel.config import RECOMPUTES
 from parallel.pipeline.actions import Op, Schedule
 from parallel.pipeline.passes import PAIRABLE
 from parallel.plan.cost import SCALED
 from parallel.plan.counts import StateBytes, state_bytes
-from parallel.plan.layout import RECOMPUTES, Layout
+from parallel.plan.layout import Layout
 from parallel.plan.measured import StageBytes, in_flight, stage_bytes
 from parallel.plan.step import StepModel
 

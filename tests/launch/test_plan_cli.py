@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from conf.schema import register
 from launch import plan as cli
-from launch.layout import check_batches
+from launch.checked_mesh import check_batches
 from launch.plan_report import eval_samples, line_of, sparkline
 from launch.validate import config_of
 from parallel.pipeline.schedules import SCHEDULES
@@ -54,7 +54,21 @@ def test_it_prints_the_plan_and_writes_nothing(run: Run, tmp_path: Path) -> None
     for part in ("one word away from the winner", "Pareto front", "GPU-hours", "activations over the step"):
         assert part in printed
     assert "note: kernel rates were measured on H800 and are scaled to CPU by its peaks" in printed
+    assert "beside" not in printed  # V3's own layout, which nobody named, does not suit four ranks
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_beside_the_winner_is_placed_or_refused(run: Run) -> None:
+    told = ("parallel.pp=2", "parallel.ep=1", "parallel.dispatcher=auto", "precision=bf16", "parallel.schedule=1f1b")
+    beside = "beside={pp: 2, ep: 1, schedule: 1f1b, dispatcher: auto, precision: bf16}"
+    assert "beside" not in run(*SMALL, *told, "beside=null")[0]
+    printed, refused = run(*SMALL, *told, beside)
+    assert refused == ""
+    assert re.search(r"beside \(ep=1 .* schedule=1f1b .*\): row \d+ of", printed), printed
+    assert "beside fits: " in printed
+    assert re.search(
+        r"beside \(.* pp=3 .*\): not legal here, pp=3 does not divide", run(*SMALL, *told, "beside.pp=3")[0]
+    )
 
 
 def test_files_hold_every_row_and_lines_that_pretrain_composes(run: Run, tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_both_bubbles_of_the_documented_example_are_shown(run, tmp_path: Path) -
 )
 def test_a_cluster_and_a_model_give_the_planners_costs(run, tmp_path: Path, schedule: str, words: str) -> None:
     """The same step as the planner's, in pairs and in turn, however unlike the stages are."""
-    layout = f"layout={{ep: 64, recompute: selective, precision: fp8{words}}}"
+    layout = f"layout={{ep: 64, dispatcher: auto, recompute: selective, precision: fp8{words}}}"
     common = ("cluster=h800_2048", "model=671b", "parallel.pp=16", "num_microbatches=120")
     printed, refused = run(f"parallel.schedule={schedule}", *common, layout, "out=DIR")
     assert refused == ""

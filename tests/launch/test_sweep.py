@@ -57,11 +57,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         check_same_run(tmp_path, ["train.seed=2", "run.dir=r/000"])
 
 
-def test_a_narrow_terminal_gets_the_columns_that_matter() -> None:
+def test_a_narrow_terminal_gets_the_columns_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     rows = [{"row": n, "time_s": 1.0 / n, "spare_share": 0.5, "layout": "pp16 ep64 dualpipe two_hop"} for n in (1, 2)]
 
-    def lines(width: int) -> list[str]:
-        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    def lines(width: int, terminal: bool = True) -> list[str]:
+        file = open("/dev/null", "w")  # noqa: SIM115
+        console = Console(width=width, record=True, file=file, force_terminal=terminal)
         show_table(console, rows, ("spare_share",))
         return [line.rstrip() for line in console.export_text().splitlines() if line.strip()]
 
@@ -69,6 +71,9 @@ def test_a_narrow_terminal_gets_the_columns_that_matter() -> None:
     assert wide[-1] == "   2   0.5    0.5  pp16 ep64 dualpipe two_hop"
     assert narrow[-3:] == ["   2   0.5  pp16 ep64 dualpipe", "            two_hop", "too wide for here: spare share"]
     assert any("1.0  pp16 ep64 dualpipe" in line for line in least)  # wider than the terminal: nothing is lost
+    assert lines(10, terminal=False) == wide
+    monkeypatch.setenv("COLUMNS", "36")
+    assert lines(36, terminal=False) == narrow
 
 
 @pytest.mark.slow

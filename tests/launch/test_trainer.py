@@ -8,7 +8,7 @@ from infra import lr
 from infra.data import TokenDataset
 from infra.distributed import World
 from infra.lr import BatchRampConfig
-from launch.layout import check_batches
+from launch.checked_mesh import check_batches
 from launch.trainer import Trainer
 from model.moe import updated_bias
 from model.transformer import Transformer, init_model_
