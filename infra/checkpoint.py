@@ -179,7 +179,11 @@ def whole(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Ite
 
 
 def newest(root: Path, damaged: Callable[[Path, str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint under `root`; those that are damaged are passed over, as in `whole`. Collective."""
+    """The newest whole checkpoint under `root`; those that are damaged are passed over, as in `whole`. Where there is
+    none at all, one that a kill left half-replaced is put back first. Collective."""
+    rank, _ = _place()
+    if rank == 0 and not folders(root):  # else the run that saves here may be about to rename it itself
+        restore_replaced(root)
     return next((saved.folder for saved in whole(root, damaged)), None)
 
 
@@ -290,14 +294,18 @@ def _check_whole(keys: Iterable[str]) -> None:
         assert not shape or end == prod(shape), f"{key} is saved up to element {end} of {prod(shape)}"
 
 
-def clear(root: Path) -> Iterator[tuple[Path, int]]:
-    """Removes what a kill has left half-written under `root`: the folder, and the step of each. A checkpoint that was
-    about to be replaced is put back."""
+def restore_replaced(root: Path) -> None:
+    """Puts back what a kill between the two renames of `_publish` has left moved away under `root`; one that was
+    replaced is removed."""
     for folder in root.glob(".step_*.replaced"):
         if (match := _REPLACED.fullmatch(folder.name)) and not (target := root / match[1]).exists():
             folder.rename(target)
         elif match:
             shutil.rmtree(folder)
+
+
+def clear(root: Path) -> Iterator[tuple[Path, int]]:
+    """Removes what a kill has left half-written under `root`: the folder, and the step of each."""
     for folder in sorted(root.glob(".step_*.writing")):
         if match := _WRITING.fullmatch(folder.name):
             shutil.rmtree(folder)
@@ -327,7 +335,7 @@ def _publish(beside: Path, target: Path, num_files: int, meta: dict[str, Any]) -
     before = target.with_name(f".{target.name}.replaced")
     if target.exists():  # an import that is replaced, or of a run that was resumed from an earlier step
         shutil.rmtree(before, ignore_errors=True)
-        os.rename(target, before)  # a kill right after this leaves it to `clear` to put it back
+        os.rename(target, before)  # a kill right after this leaves it to `restore_replaced` to put it back
     os.rename(beside, target)
     _sync_folder(target.parent)
     shutil.rmtree(before, ignore_errors=True)

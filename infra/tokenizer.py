@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +29,7 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
 
 class Tokenizer(Protocol):
     vocab_size: int  # rows the model's embedding needs
-    special: dict[str, int]  # a subset of SPECIAL_TOKENS' keys, always with "eos"
+    special: dict[str, int]  # a subset of SPECIAL_TOKENS' keys, from `load_tokenizer` always with "eos"
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, tokens: Iterable[int]) -> str: ...
@@ -71,8 +71,7 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer in the JSON format of the `tokenizers` library. Raises ValueError if it has no end-of-document
-    token."""
+    """A tokenizer in the JSON format of the `tokenizers` library. Raises ValueError if it is none."""
 
     def __init__(self, text: str, source: str = "the tokenizer"):
         import tokenizers
@@ -89,8 +88,6 @@ class JsonTokenizer:
         self.vocab_size = max(vocab.values()) + 1
         found = {name: [vocab[s] for s in spellings if s in vocab] for name, spellings in SPECIAL_TOKENS.items()}
         self.special = {name: ids[0] for name, ids in found.items() if ids}
-        if "eos" not in self.special:
-            raise ValueError(f"{source} has no end-of-document token; add one of {' '.join(SPECIAL_TOKENS['eos'])}")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -116,17 +113,25 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
         raise ValueError(f"{source} has {tokenizer.vocab_size} tokens, more than the model's vocab_size={vocab_size}")
 
 
-def published_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """The files, by name, from which `transformers` makes this tokenizer (AutoTokenizer.from_pretrained)."""
-    text = tokenizer.to_tokenizers_json()
-    added = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}
-    names = {f"{name}_token": added.get(tokenizer.special.get(name, -1)) for name in ("bos", "eos", "pad")}
+def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens that text never makes, the special ones: how each is spelt."""
+    return {token["id"]: token["content"] for token in json.loads(tokenizer.to_tokenizers_json())["added_tokens"]}
+
+
+def published_files(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str, str]:
+    """The files, by name, from which `transformers` makes this tokenizer (AutoTokenizer.from_pretrained).
+
+    special: the tokens that are called bos, eos and pad.
+    """
+    text, added = tokenizer.to_tokenizers_json(), added_tokens(tokenizer)
+    names = {f"{name}_token": added.get(special.get(name, -1)) for name in ("bos", "eos", "pad")}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     return {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False)}
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """`byte`, or the path of a JSON file. Raises ValueError with one line if the file is missing or is no tokenizer."""
+    """`byte`, or the path of a JSON file. Raises ValueError with one line if the file is missing, is no tokenizer or
+    has no end-of-document token."""
     if str(name_or_path) == "byte":
         return ByteTokenizer()
     path = Path(name_or_path)
@@ -136,7 +141,10 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         raise ValueError(
             f"cannot read the tokenizer {path} ({error}); give tokenizer=byte or a `tokenizers` JSON file"
         ) from None
-    return tokenizer_from_json(text, str(path))
+    tokenizer = tokenizer_from_json(text, str(path))
+    if "eos" not in tokenizer.special:
+        raise ValueError(f"{path} has no end-of-document token; add one of {' '.join(SPECIAL_TOKENS['eos'])}")
+    return tokenizer
 
 
 def tokenizer_from_json(text: str, source: str = "the tokenizer") -> Tokenizer:

@@ -12,6 +12,7 @@ and out of it as the files that `AutoTokenizer` reads. `dtype` is that of the ex
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from infra import checkpoint
-from infra.tokenizer import Tokenizer, check_fits, published_files, tokenizer_from_json
+from infra.tokenizer import SPECIAL_TOKENS, Tokenizer, added_tokens, check_fits, published_files, tokenizer_from_json
 from launch.errors import one_line_errors
 from launch.files import save
 from model.config import ModelConfig
@@ -76,6 +77,7 @@ def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path
         ValueError: where the source, or its tokenizer, is damaged or of another model than its config.json says, where
             `root/step_0` exists and `overwrite` does not allow to replace it, or where `root` holds a later step.
     """
+    checkpoint.restore_replaced(root)  # else a kill while one was replaced makes it look as if there were none
     if (later := checkpoint.folders(root)) and checkpoint.step_of(later[-1]) > 0:
         raise ValueError(
             f"{later[-1]} exists, and training would go on from it, not from step_0: choose another target"
@@ -89,6 +91,12 @@ def from_hugging_face(source: Path, root: Path, overwrite: bool = False) -> Path
         shapes = bar.track(names_and_shapes(published.config).items(), description="reading")
         step = checkpoint.save_one_by_one(root, 0, _tensors_of(published, shapes), meta)
     if tokenizer:
+        if "eos" not in tokenizer.special:
+            warnings.warn(
+                f"{source / 'tokenizer.json'} is copied, but has no end-of-document token of a name that is known "
+                f"({' '.join(SPECIAL_TOKENS['eos'])}): preparing data and generating need another tokenizer",
+                stacklevel=2,
+            )
         save(root.parent / "tokenizer.json", tokenizer.to_json())
     return step
 
@@ -107,9 +115,9 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype, weights: str
     tokenizer = _tokenizer(source.parent.parent, config, "put the one of its data there, or remove it")
     files: dict[str, str] = {}
     if tokenizer:
-        files = published_files(tokenizer)
-        # Where generation starts and stops, which a config of ours need not say.
-        config = replace(config, bos_token_id=tokenizer.special.get("bos"), eos_token_id=tokenizer.special["eos"])
+        special = tokenizer.special | (_ids_of_import(config, tokenizer) if not ours.meta["tokens"] else {})
+        files = published_files(tokenizer, special)
+        config = replace(config, bos_token_id=special.get("bos"), eos_token_id=special.get("eos"))
     with _bar() as bar:
         shapes = bar.track(names_and_shapes(config).items(), description="writing")
         tensors = ((name, state.whole_tensor(ours, name, shape, weights)) for name, shape in shapes)
@@ -128,6 +136,15 @@ def _tokenizer(folder: Path, config: ModelConfig, remedy: str) -> Tokenizer | No
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be used ({error}); {remedy}") from None
     return tokenizer
+
+
+def _ids_of_import(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """Where generation starts and stops by the config.json of an import, as far as the tokenizer has such tokens. After
+    training here it is the tokenizer that says so: its eos ended the documents, while the run's config need not know.
+    """
+    special = added_tokens(tokenizer)
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
+    return {name: i for name, i in ids.items() if i is not None and i in special}
 
 
 def _bar() -> Progress:

@@ -168,6 +168,7 @@ def resume(trainer: Trainer) -> None:
         incidents.note(folder, "damaged_checkpoint", checkpoint.step_of(damaged), why)
 
     if trainer.world.is_main:
+        checkpoint.restore_replaced(checkpoints)
         for half, at in checkpoint.clear(checkpoints):
             why = f"{half} was half-written, and is removed"
             warnings.warn(why, stacklevel=2)

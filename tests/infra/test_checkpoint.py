@@ -86,11 +86,22 @@ def test_a_kill_while_one_is_replaced_loses_neither(tmp_path, monkeypatch, kind,
         checkpoint.save(tmp_path, 4, {"a": torch.ones(3)}, {}, keep=1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    checkpoint.restore_replaced(tmp_path)
     list(checkpoint.clear(tmp_path))
     assert [folder.name for folder in tmp_path.iterdir()] == ["step_4"]
     saved = Checkpoint(tmp_path / "step_4")
     saved.verify()
     assert saved.read(["a"])["a"].tolist() == [left] * 3
+
+
+def test_one_left_half_replaced_is_found_where_there_is_no_other(tmp_path):
+    folder, moved = checkpoint.save(tmp_path, 4, _tensors(0), {}, keep=2), tmp_path / ".step_4.replaced"
+    folder.rename(moved)
+    assert checkpoint.newest(tmp_path) == folder
+    other = checkpoint.save(tmp_path, 3, _tensors(0), {}, keep=2)
+    folder.rename(moved)
+    assert checkpoint.newest(tmp_path) == other  # a run may be at work here: its folders are not touched
+    assert moved.exists()
 
 
 def test_pieces_are_read_as_one_and_in_other_pieces(tmp_path):

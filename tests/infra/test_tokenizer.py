@@ -78,5 +78,6 @@ def test_wrong_tokenizers_are_told_in_one_line(tmp_path: Path) -> None:
     bare = json.loads(BPE.to_json())
     bare["added_tokens"] = []
     bare["model"]["vocab"] = {t: i for t, i in bare["model"]["vocab"].items() if not t.startswith("<|")}
-    with pytest.raises(ValueError, match=r"no end-of-document token; add one of <\|eos_token\|>"):
-        JsonTokenizer(json.dumps(bare))
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match=r"bare.json has no end-of-document token; add one of <\|eos_token\|>"):
+        load_tokenizer(tmp_path / "bare.json")

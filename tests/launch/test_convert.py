@@ -1,17 +1,20 @@
 """Conversion from the command line's functions: Hugging Face's to a training checkpoint and back."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
-from infra.checkpoint import Checkpoint, newest
+from infra.checkpoint import Checkpoint, newest, save_one_by_one
 from infra.data import TokenDataset
 from infra.distributed import World
-from infra.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from infra.tokenizer import SPECIAL_TOKENS, ByteTokenizer, load_tokenizer, train_bpe
 from launch import convert
 from launch.convert import from_hugging_face, to_hugging_face
+from launch.generate import find
 from launch.trainer import Trainer
 from model.hf import HuggingFaceCheckpoint, write_hugging_face
 from tests.launch.runs import config, small_data
@@ -80,6 +83,21 @@ def test_an_older_import_is_replaced_only_when_asked(tmp_path):
     assert (step / "index.json").stat().st_mtime_ns > before
 
 
+def test_a_kill_while_an_import_is_replaced_hides_none(tmp_path):
+    """Between the two renames: reading finds the older import, and another import does not delete it unasked."""
+    model = small_model()
+    source, run = tmp_path / "published", tmp_path / "run"
+    write_hugging_face(source, model.config, model.state_dict().items(), torch.float64)
+    step = from_hugging_face(source, run / "checkpoints")
+    index = (step / "index.json").stat()
+    step.rename(step.with_name(".step_0.replaced"))
+    assert find(run) == step
+    step.rename(step.with_name(".step_0.replaced"))
+    with pytest.raises(ValueError, match="step_0 exists: choose another target, or replace it with overwrite=true"):
+        from_hugging_face(source, run / "checkpoints")
+    assert (step / "index.json").stat() == index
+
+
 TEXT = "def f(x):\n    return 'é 中文 😀'"
 
 
@@ -102,6 +120,41 @@ def test_the_tokenizer_goes_with_the_weights(tmp_path, tokenizer):
     from_hugging_face(tmp_path / "exported", tmp_path / "again" / "checkpoints")
     again = load_tokenizer(tmp_path / "again" / "tokenizer.json")
     assert (again.encode([TEXT])[0].tolist(), again.special) == (tokens, tokenizer.special)
+
+
+@pytest.mark.parametrize("other", ["<|endoftext|>", "[OTHER]"])
+def test_the_special_tokens_of_an_import_are_those_of_its_config(tmp_path, other):
+    """Though the names say otherwise, or nothing; after training here it is the tokenizer that says which they are."""
+    known = other == "<|endoftext|>"
+    text = train_bpe(iter([TEXT] * 9), 300).to_json()
+    for name, theirs in (
+        ("bos", "[UNK]"),
+        ("eos", other),
+        ("pad", "[START]"),
+        ("fim_hole", "</s>" if known else "[END]"),
+    ):
+        text = text.replace(SPECIAL_TOKENS[name][0], theirs)  # tokens 0, 1, 2 and 4
+    model = small_model(vocab_size=320, bos_token_id=2, eos_token_id=4)
+    write_hugging_face(tmp_path / "published", model.config, model.state_dict().items(), torch.float64)
+    (tmp_path / "published" / "tokenizer.json").write_text(text)
+    with nullcontext() if known else pytest.warns(UserWarning, match="is copied, but has no end-of-document token"):
+        step = from_hugging_face(tmp_path / "published", tmp_path / "run" / "checkpoints")
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == text
+    assert _bos_and_eos(step, tmp_path / "exported") == (2, 4)
+    ours = Checkpoint(step)
+    trained = save_one_by_one(step.parent, 1, ours.read(ours.keys).items(), ours.meta | {"tokens": 24})
+    assert _bos_and_eos(trained, tmp_path / "later") == (None, 1 if known else None)
+
+
+def _bos_and_eos(step, target):
+    """What an export says, in both files."""
+    to_hugging_face(step, target, torch.float64)
+    published, theirs = (
+        json.loads((target / "config.json").read_text()),
+        transformers.AutoTokenizer.from_pretrained(target),
+    )
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (published["bos_token_id"], published["eos_token_id"])
+    return theirs.bos_token_id, theirs.eos_token_id
 
 
 @pytest.mark.parametrize(
