@@ -50,7 +50,7 @@ from parallel.pipeline.actions import Schedule
 from parallel.pipeline.auto import MADE_FOR_COSTS, SHAPES, auto
 from parallel.pipeline.dualpipe import shortfall
 from parallel.pipeline.passes import ScheduleError, from_csv, in_turn, to_csv
-from parallel.pipeline.render import chrome_trace, facts, html, picture, text
+from parallel.pipeline.render import chrome_trace, facts, html, key, picture, text
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate, stage_times, step_time_quantiles
 from parallel.pipeline.timeline import COOL_DOWN, WARM_UP, Timeline
@@ -216,7 +216,7 @@ def write(
 def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) -> None:
     """The grid, then a line a rank: where its time goes and what it holds."""
     console.print(text(timeline, console.width), soft_wrap=True)
-    console.print()
+    console.print(f"{key(timeline)}\n", style="dim", highlight=False)
     columns = ("rank", "busy", "bubble", WARM_UP, COOL_DOWN, "waiting", "most for", "memory", "live")
     caption = "memory, live: most activations and microbatches held at once"
     table = Table(*columns, box=SIMPLE_HEAD, caption=caption, collapse_padding=True, pad_edge=False)
@@ -230,9 +230,8 @@ def show(console: Console, schedule: Schedule, timeline: Timeline, unit: str) ->
         peaks = (f"{timeline.peak_memory(rank):.4g}", str(timeline.peak_live(rank)))
         table.add_row(str(rank), *(f"{time:.6g}" for time in times), longest, *peaks)
     console.print(table)
-    shape = shape_of(schedule)
     figures = ", ".join(f"{name} {value}" for name, value in facts(timeline, unit))
-    console.print(f"[bold]{shape}[/bold]: {figures}", soft_wrap=True)
+    console.print(f"[bold]{shape_of(schedule)}[/bold]: {figures}", soft_wrap=True)
 
 
 class Step(NamedTuple):

@@ -1,6 +1,7 @@
 """Every way to look at a timeline, simulated or measured.
 
-    text(timeline, width)                  a grid for the terminal (a rich Text; `.plain` without colours)
+    text(timeline, width)                  a grid for the terminal (a rich Text; `.plain` without colours), and
+    key(timeline)                          what its letters mean
     picture(timeline, "png")               PNG, SVG, PDF                                                   picture.py
     html([(title, timeline), ...])         one page, zoom and hover; several timelines share the zoom      page.py
     chrome_trace(timeline, schedule)       for Perfetto and the analysers of torch.profiler's traces       trace.py
@@ -13,15 +14,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from rich.text import Text
 
+from parallel.pipeline.actions import OPS
 from parallel.pipeline.page import html
-from parallel.pipeline.palette import Lanes, facts, ink_on
+from parallel.pipeline.palette import WORDS, Lanes, facts, halves, ink_on
 from parallel.pipeline.picture import picture
 from parallel.pipeline.timeline import Span, Timeline
 from parallel.pipeline.trace import chrome_trace
 
-__all__ = ["chrome_trace", "facts", "html", "picture", "text"]
+__all__ = ["chrome_trace", "facts", "html", "key", "picture", "text"]
 
 _MAX_BLOCKS = 4
 _IDLE, _IDLE_STYLE = "·", "dim"
@@ -56,6 +59,17 @@ def text(timeline: Timeline, width: int = 120) -> Text:
         for rank, row in enumerate(rows):
             lines.append(Text.assemble((f"rank {rank}".ljust(gutter), "bold"), *row[first:last]))
     return Text("\n", no_wrap=True).join(lines)
+
+
+def key(timeline: Timeline) -> str:
+    """What the letters of `text` mean, in one line."""
+    later = Lanes.of(timeline).names[1:]
+    parts = [", ".join(f"{OPS[op].name} {WORDS[OPS[op]]}" for op in np.unique(timeline.op_A).tolist())]
+    if later:
+        parts.append(f"small letters: {later[0] if len(later) == 1 else 'later stages of a rank'}")
+    if (halves(timeline)[0] >= 0).any():
+        parts.append("&: overlapped")
+    return "; ".join(parts)
 
 
 def _slots(timeline: Timeline) -> list[list[tuple[float, float, list[tuple[str, str]]]]]:

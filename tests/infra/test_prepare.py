@@ -395,11 +395,3 @@ def test_what_stands_in_the_way_is_named(tmp_path: Path, jsonl: Path) -> None:
     run(jsonl, tmp_path / "d")
     with pytest.raises(DataError, match=r"out=.*/d exists already"):
         run(jsonl, tmp_path / "d")
-
-
-def test_absurd_vocabularies_are_refused_before_anything_is_read() -> None:
-    for size in (-1, 10**9):
-        with pytest.raises(ValueError, match=r"vocab_size=.* must be between 0 .none. and 10,000,000"):
-            TrainBPEConfig(vocab_size=size)
-    with pytest.raises(ValueError, match="max_bytes=0 must be at least 1"):
-        TrainBPEConfig(vocab_size=500, max_bytes=0)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.prepare import TrainBPEConfig
 from infra.tokenizer import SPECIAL_TOKENS, ByteTokenizer, JsonTokenizer, identity, load_tokenizer, train_bpe
 
 CORPUS = ["the cat sat on the mat, the cat sat", "def f(x):\n    return x + 12345\n", "été 中文 😀"] * 3
@@ -81,3 +82,11 @@ def test_wrong_tokenizers_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     with pytest.raises(ValueError, match=r"bare.json has no end-of-document token; add one of <\|eos_token\|>"):
         load_tokenizer(tmp_path / "bare.json")
+
+
+def test_absurd_vocabularies_are_refused_before_anything_is_read() -> None:
+    for size in (-1, 10**9):
+        with pytest.raises(ValueError, match=r"vocab_size=.* must be between 0 .none. and 10,000,000"):
+            TrainBPEConfig(vocab_size=size)
+    with pytest.raises(ValueError, match="max_bytes=0 must be at least 1"):
+        TrainBPEConfig(vocab_size=500, max_bytes=0)

@@ -14,7 +14,7 @@ import pytest
 
 from parallel.pipeline.actions import Action, Op, Schedule, depends_on
 from parallel.pipeline.palette import Lanes, halves, ink_on
-from parallel.pipeline.render import chrome_trace, html, picture, text
+from parallel.pipeline.render import chrome_trace, html, key, picture, text
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.timeline import Span, Timeline
@@ -88,6 +88,14 @@ def test_the_grid_names_every_action_or_fits_one_block(name: str, num_ranks: int
     narrow = text(timeline, 40).plain.splitlines()
     assert all(len(line) <= 40 for line in narrow)
     assert len(narrow) <= 4 * (num_ranks + 2)
+
+
+def test_the_key_names_the_letters_of_the_grid() -> None:
+    assert key(simulate(SCHEDULES["gpipe"](2, 2))) == "F forward, B backward"
+    split = "F forward, B backward, I input gradient, W weight gradient"
+    assert key(simulate(SCHEDULES["dualpipe"](4, 8))) == f"{split}; small letters: upward; &: overlapped"
+    interleaved = simulate(SCHEDULES["interleaved_1f1b"](2, 4))
+    assert key(interleaved) == "F forward, B backward; small letters: stage 2 of its rank"
 
 
 def test_idle_time_is_dotted_and_nothing_else() -> None:
